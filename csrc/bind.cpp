@@ -1,0 +1,187 @@
+// The only file that sees pybind11: arrays in, what memory safety needs checked, GIL released,
+// call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <map>
+
+#include "dlpack.h"
+#include "levels.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using mmfast::Pairs;
+using mmfast::Run;
+using mmfast::Type;
+using mmfast::View;
+using mmfast::dlpack::Array;
+
+namespace {
+
+void check(bool good, const std::string& message) {
+  if (!good) throw py::value_error(message);
+}
+
+// Element type of results: what the kernels accumulate in.
+Type wide(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+
+void check_vector(const View& x, const char* name, long length, Type type) {
+  if (!x) return;
+  check(x.rows == length, std::string(name) + " must have " + std::to_string(length) +
+                              " elements, got " + std::to_string(x.rows));
+  if (x.type != type) throw py::type_error(std::string(name) + " has the wrong element type");
+}
+
+void check_matrix(const View& x, const char* name, const View& like, bool contiguous) {
+  if (!x) return;
+  check(x.rows == like.rows && x.cols == like.cols,
+        std::string(name) + " must be [" + std::to_string(like.rows) + ", " +
+            std::to_string(like.cols) + "], got [" + std::to_string(x.rows) + ", " +
+            std::to_string(x.cols) + "]");
+  if (x.type != like.type) throw py::type_error(std::string(name) + " has the wrong element type");
+  check(!contiguous || (x.col_stride == 1 && (x.row_stride == x.cols || x.rows == 1)),
+        std::string(name) + " must be contiguous");
+}
+
+// A stride means nothing where there is one element; torch leaves any number there.
+View canonical(View x) {
+  if (x.cols == 1) x.col_stride = 1;
+  return x;
+}
+
+// The arrays every direction of pairwise_lse is given.
+struct PairArrays {
+  Array q, k, q_ids, k_ids, mask;
+  Pairs pairs;
+
+  PairArrays(py::handle q_, py::handle k_, double scale, py::handle q_ids_, py::handle k_ids_,
+             py::handle mask_)
+      : q(q_, "q", 2),
+        k(k_, "k", 2),
+        q_ids(q_ids_, "q_ids", 1),
+        k_ids(k_ids_, "k_ids", 1),
+        mask(mask_, "mask", 2) {
+    pairs = {canonical(q.view()), canonical(k.view()), scale,
+             q_ids.view(),        k_ids.view(),        mask.view()};
+    const auto& [a, b, s, a_ids, b_ids, m] = pairs;
+    check(a && b, "q and k must be given");
+    check(a.cols == b.cols, "k must have " + std::to_string(a.cols) + " columns like q, got " +
+                                std::to_string(b.cols));
+    check(a.rows > 0 && b.rows > 0 && a.cols > 0, "q and k must not be empty");
+    check(a.col_stride == 1 && b.col_stride == 1, "q and k must have inner stride 1");
+    if (a.type != b.type || a.type == Type::i64 || a.type == Type::b8) {
+      throw py::type_error("q and k must share one floating type");
+    }
+    check(bool(a_ids) == bool(b_ids), "q_ids and k_ids must be given together");
+    check_vector(a_ids, "q_ids", a.rows, Type::i64);
+    check_vector(b_ids, "k_ids", b.rows, Type::i64);
+    if (!m) return;
+    check(m.rows == a.rows && m.cols == b.rows, "mask must be [N, M]");
+    if (m.type != Type::b8) throw py::type_error("mask must be bool");
+  }
+};
+
+// Runs without the GIL, and lets Ctrl-C through: Python hears signals on its main thread alone, so
+// the calling thread takes the GIL back for a moment and asks.
+template <class Body>
+auto released(int threads, Body body) {
+  check(threads >= 1, "threads must be at least 1");
+  const Run run{threads, [] {
+                  py::gil_scoped_acquire held;
+                  return PyErr_CheckSignals() != 0;
+                }};
+  try {
+    py::gil_scoped_release release;
+    return body(run);
+  } catch (const mmfast::Stopped&) {
+    throw py::error_already_set();
+  }
+}
+
+void forward(py::handle q, py::handle k, double scale, py::handle q_ids, py::handle k_ids,
+             py::handle mask, py::handle rows, py::handle columns, int threads) {
+  const PairArrays in(q, k, scale, q_ids, k_ids, mask);
+  const Array r(rows, "rows", 1), c(columns, "columns", 1);
+  check_vector(r.view(), "rows", in.pairs.q.rows, wide(in.pairs.q.type));
+  check_vector(c.view(), "columns", in.pairs.k.rows, wide(in.pairs.q.type));
+  released(threads, [&](const Run& run) {
+    mmfast::pairwise_lse_forward(in.pairs, r.view(), c.view(), run);
+  });
+}
+
+double backward(py::handle g_rows, py::handle g_columns, py::handle q, py::handle k, double scale,
+                py::handle q_ids, py::handle k_ids, py::handle mask, py::handle rows,
+                py::handle columns, py::handle dq, py::handle dk, bool need_scale, int threads) {
+  const PairArrays in(q, k, scale, q_ids, k_ids, mask);
+  const Array gr(g_rows, "g_rows", 1), gc(g_columns, "g_columns", 1), r(rows, "rows", 1),
+      c(columns, "columns", 1), q_out(dq, "dq", 2), k_out(dk, "dk", 2);
+  const Type type = wide(in.pairs.q.type);
+  const long N = in.pairs.q.rows, M = in.pairs.k.rows;
+  check_vector(gr.view(), "g_rows", N, type);
+  check_vector(r.view(), "rows", N, type);
+  check_vector(gc.view(), "g_columns", M, type);
+  check_vector(c.view(), "columns", M, type);
+  check(!gr.view() || r.view(), "g_rows needs rows");
+  check(!gc.view() || c.view(), "g_columns needs columns");
+  const View dq_view = canonical(q_out.view()), dk_view = canonical(k_out.view());
+  check_matrix(dq_view, "dq", in.pairs.q, true);
+  check_matrix(dk_view, "dk", in.pairs.k, true);
+  return released(threads, [&](const Run& run) {
+    return mmfast::pairwise_lse_backward(in.pairs, gr.view(), gc.view(), r.view(), c.view(),
+                                         dq_view, dk_view, need_scale, run);
+  });
+}
+
+double tile_rate(const std::string& type, double seconds, int threads) {
+  const std::map<std::string, Type> types = {
+      {"float32", Type::f32}, {"float64", Type::f64}, {"bfloat16", Type::bf16}};
+  check(types.count(type), "dtype must be float32, float64 or bfloat16, got " + type);
+  check(threads >= 1, "threads must be at least 1");
+  py::gil_scoped_release release;
+  return mmfast::tile_rate(types.at(type), seconds, threads);
+}
+
+// One dependent addition a cycle.
+double clock_ghz(double seconds) {
+  py::gil_scoped_release release;
+  const auto begin = std::chrono::steady_clock::now();
+  double elapsed = 0, cycles = 0;
+  unsigned long x = 1;
+  while (elapsed < seconds) {
+    for (int i = 0; i < 1000000; ++i) asm volatile("" : "+r"(x = x + i));
+    cycles += 1e6;
+    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  }
+  return cycles / elapsed * 1e-9;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"compiler", MMFAST_COMPILER}, {"version", MMFAST_VERSION}, {"cuda", "no"}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of mmfast; mmfast.ops is its API.";
+  mmfast::set_isa("");
+  m.def("isa", &mmfast::isa);
+  m.def("isa_levels", &mmfast::isa_levels);
+  m.def(
+      "set_isa",
+      [](const std::string& level) {
+        check(!level.empty(), "CPU level must be named");
+        mmfast::set_isa(level);
+      },
+      py::arg("level"));
+  m.def("build_info", &build_info);
+  m.def("tile_rate", &tile_rate, py::arg("dtype"), py::arg("seconds"), py::arg("threads"));
+  m.def("clock_ghz", &clock_ghz, py::arg("seconds"));
+  m.def("pairwise_lse_forward", &forward, py::arg("q"), py::arg("k"), py::arg("scale"),
+        py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"), py::arg("rows"), py::arg("columns"),
+        py::arg("threads"));
+  m.def("pairwise_lse_backward", &backward, py::arg("g_rows"), py::arg("g_columns"), py::arg("q"),
+        py::arg("k"), py::arg("scale"), py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"),
+        py::arg("rows"), py::arg("columns"), py::arg("dq"), py::arg("dk"), py::arg("need_scale"),
+        py::arg("threads"));
+}

@@ -1,0 +1,104 @@
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "../levels.h"
+#include "../ops.h"
+
+// The table of instruction sets and the calls that go through it.
+namespace mmfast {
+
+#define MMFAST_DECLARE(level)                                                          \
+  namespace level {                                                                    \
+  void pairwise_lse_forward(const Pairs&, View, View, const Run&);                     \
+  double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool, \
+                               const Run&);                                            \
+  double tile_rate(Type, double, int);                                                 \
+  }
+MMFAST_DECLARE(generic)
+#if defined(__x86_64__)
+MMFAST_DECLARE(avx2)
+MMFAST_DECLARE(avx512)
+MMFAST_DECLARE(avx512_bf16)
+#endif
+#undef MMFAST_DECLARE
+
+namespace {
+
+struct Level {
+  const char* name;
+  bool (*runs)();
+  decltype(&pairwise_lse_forward) forward;
+  decltype(&pairwise_lse_backward) backward;
+  decltype(&tile_rate) rate;
+};
+
+#define MMFAST_LEVEL_ROW(level, condition)                               \
+  Level {                                                                \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward, \
+        level::pairwise_lse_backward, level::tile_rate                   \
+  }
+const Level kLevels[] = {
+    MMFAST_LEVEL_ROW(generic, true),
+#if defined(__x86_64__)
+    MMFAST_LEVEL_ROW(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+    MMFAST_LEVEL_ROW(avx512,
+                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("fma")),
+    MMFAST_LEVEL_ROW(avx512_bf16,
+                     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("fma")),
+#endif
+};
+#undef MMFAST_LEVEL_ROW
+
+const Level& level_named(const std::string& name) {
+  std::string known;
+  for (const Level& level : kLevels) {
+    if (name == level.name && level.runs()) return level;
+    if (level.runs()) known += (known.empty() ? "" : ", ") + std::string(level.name);
+  }
+  throw std::invalid_argument("CPU level '" + name + "' cannot run here; this machine has " +
+                              known);
+}
+
+const Level& first_level() {
+  const char* asked = std::getenv("MMFAST_CPU_ISA");
+  return level_named(asked && *asked ? asked : isa_levels().back());
+}
+
+std::atomic<const Level*> in_use{nullptr};
+const Level& current() { return *in_use.load(std::memory_order_relaxed); }
+
+}  // namespace
+
+std::vector<std::string> isa_levels() {
+  std::vector<std::string> names;
+  for (const Level& level : kLevels) {
+    if (level.runs()) names.push_back(level.name);
+  }
+  return names;
+}
+
+std::string isa() { return current().name; }
+
+void set_isa(const std::string& name) {
+  in_use = name.empty() ? &first_level() : &level_named(name);
+}
+
+void pairwise_lse_forward(const Pairs& pairs, View rows, View columns, const Run& run) {
+  current().forward(pairs, rows, columns, run);
+}
+
+double pairwise_lse_backward(const Pairs& pairs, View g_rows, View g_columns, View rows,
+                             View columns, View dq, View dk, bool need_scale, const Run& run) {
+  return current().backward(pairs, g_rows, g_columns, rows, columns, dq, dk, need_scale, run);
+}
+
+double tile_rate(Type type, double seconds, int threads) {
+  return current().rate(type, seconds, threads);
+}
+
+}  // namespace mmfast

@@ -1,0 +1,192 @@
+#pragma once
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "../view.h"
+#include "microkernel.h"
+
+// Operands as the tile reads them, made once a call. Widening of half types happens here, and
+// rounding back to them where results leave.
+namespace mmfast::MMFAST_LEVEL {
+
+// Memory that is not cleared; large ones ask for huge pages, which spares their page faults.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(long count) {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64, huge = size_t{1} << 21;
+    data_ = static_cast<T*>(std::aligned_alloc(
+        bytes >= huge ? huge : 64, bytes >= huge ? (bytes + huge - 1) / huge * huge : bytes + 64));
+    if (!data_) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (bytes >= huge) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+  }
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  operator T*() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+inline float float_of_bf16(uint16_t h) {
+  const uint32_t bits = uint32_t{h} << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint16_t bf16_of_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : (bits >> 16) | 0x40;
+}
+
+inline float float_of_f16(uint16_t h) {
+  // shifting puts the exponent 112 too low; multiplying by 2^112 mends it, denormals included
+  const uint32_t magnitude = uint32_t{h & 0x7fffu} << 13, sign = uint32_t{h & 0x8000u} << 16;
+  const uint32_t two112 = 0x77800000, top = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
+  float x, scale;
+  std::memcpy(&x, &magnitude, 4);
+  std::memcpy(&scale, &two112, 4);
+  x *= scale;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits |= sign | top;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint16_t f16_of_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to inf
+  if (bits < 0x38800000) {                       // denormal: let an addition round
+    float y;
+    std::memcpy(&y, &bits, 4);
+    y += 0.5f;
+    uint32_t half;
+    std::memcpy(&half, &y, 4);
+    return sign | (half - 0x3f000000);
+  }
+  return sign | ((bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13);
+}
+
+// Row i of a matrix as scalars of the accumulator.
+template <class T>
+inline void read_row(const View& x, long i, T* out) {
+  const long row = i * x.row_stride;
+  const auto each = [&](auto* data, auto convert) {
+    for (long d = 0; d < x.cols; ++d) out[d] = convert(data[row + d]);
+  };
+  switch (x.type) {
+    case Type::f32:
+      each(static_cast<const float*>(x.data), [](float v) { return v; });
+      break;
+    case Type::f64:
+      each(static_cast<const double*>(x.data), [](double v) { return v; });
+      break;
+    case Type::bf16:
+      each(static_cast<const uint16_t*>(x.data), float_of_bf16);
+      break;
+    default:
+      each(static_cast<const uint16_t*>(x.data), float_of_f16);
+  }
+}
+
+// factor * values into row i of a matrix.
+template <class T>
+inline void write_row(const View& x, long i, const T* values, T factor) {
+  const long row = i * x.row_stride;
+  const auto each = [&](auto* data, auto convert) {
+    for (long d = 0; d < x.cols; ++d) data[row + d] = convert(factor * values[d]);
+  };
+  switch (x.type) {
+    case Type::f32:
+      each(static_cast<float*>(x.data), [](T v) { return float(v); });
+      break;
+    case Type::f64:
+      each(static_cast<double*>(x.data), [](T v) { return double(v); });
+      break;
+    case Type::bf16:
+      each(static_cast<uint16_t*>(x.data), bf16_of_float);
+      break;
+    default:
+      each(static_cast<uint16_t*>(x.data), f16_of_float);
+  }
+}
+
+inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+// A row stride of at least n scalars: whole vectors, and an odd number of them, so that rows below
+// one another do not meet in a few sets of the cache.
+template <class T>
+constexpr long padded(long n) {
+  return (((n + kWidth<T> - 1) / kWidth<T>) | 1) * kWidth<T>;
+}
+
+// Sizes of packed operands of width D. Lanes of a vector hold units: D scalars, or D/2 pairs.
+template <class P>
+struct Shape {
+  using T = typename P::Scalar;
+  long D, units, stride, depth_stride;
+  explicit Shape(long width)
+      : D(width),
+        units((width + P::kPack - 1) / P::kPack),
+        stride(padded<T>(units)),
+        depth_stride(padded<T>(width)) {}
+};
+
+// Row i: units along D, zero behind them. Serves as A of S = q kT and, where units are single, as B
+// of the gradients.
+template <class P>
+inline void pack_row(const View& x, long i, const Shape<P>& shape, typename P::Unit* out) {
+  using Unit = typename P::Unit;
+  if constexpr (P::kPack == 1) {
+    read_row(x, i, out);
+  } else {
+    out[shape.units - 1] = 0;
+    std::memcpy(out, static_cast<const uint16_t*>(x.data) + i * x.row_stride, 2 * x.cols);
+  }
+  std::memset(out + shape.units, 0, (shape.stride - shape.units) * sizeof(Unit));
+}
+
+// kTileCols rows side by side, [units, kTileCols]: B of S = q kT. `rows` may be fewer.
+template <class P>
+inline void pack_panel(const typename P::Unit* packed, long rows, const Shape<P>& shape,
+                       typename P::Unit* out) {
+  constexpr long kCols = kTileCols<typename P::Scalar>, kBlock = kWidth<typename P::Scalar>;
+  for (long d = 0; d < shape.units; d += kBlock) {
+    const long depth = std::min(kBlock, shape.units - d);
+    for (long j = 0; j < kCols; ++j) {
+      for (long p = 0; p < depth; ++p) {
+        out[(d + p) * kCols + j] = j < rows ? packed[j * shape.stride + d + p] : 0;
+      }
+    }
+  }
+}
+
+// Rows i and i + 1 interleaved, [D] pairs: B of the gradients for bf16, where the summed dimension
+// is the row.
+inline void pack_pair(const View& x, long i, long stride, uint32_t* out) {
+  const auto* first = static_cast<const uint16_t*>(x.data) + i * x.row_stride;
+  const auto* second = first + x.row_stride;
+  const bool last = i + 1 == x.rows;
+  for (long d = 0; d < x.cols; ++d) out[d] = first[d] | (last ? 0u : uint32_t{second[d]} << 16);
+  std::memset(out + x.cols, 0, (stride - x.cols) * 4);
+}
+
+}  // namespace mmfast::MMFAST_LEVEL

@@ -1,0 +1,174 @@
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "pack.h"
+#include "parallel.h"
+#include "vmath.h"
+
+// The tile loop: who visits which rows and columns of S, what a visit multiplies, which pairs it
+// leaves out. What happens to the scores is the op's own epilogue (<stem>.cpp).
+namespace mmfast::MMFAST_LEVEL {
+
+// Rows (and columns) of S in hand at once; every wider cut is a multiple of it.
+constexpr long kBlock = 192;
+
+// One side of S in lanes or groups: at most 64, at least 64 wide, by the shape alone. Eight are
+// enough to keep threads busy while short, and wider ones make deeper products.
+struct Cut {
+  long size, width, count;
+  explicit Cut(long n) : size(n) {
+    width = std::min(std::max<long>(round_up((n + 7) / 8, 64), 64), kBlock);
+    if (n > 64 * kBlock) width = round_up((n + 63) / 64, kBlock);
+    count = (n + width - 1) / width;
+  }
+  long begin(long i) const { return i * width; }
+  long end(long i) const { return std::min(size, (i + 1) * width); }
+};
+
+// The pairs that stay. Ids become integers as wide as a score, once a call.
+template <class T>
+class LeftOut {
+ public:
+  using Int = typename Simd<T>::Int;
+
+  LeftOut(const Pairs& pairs) : mask_(pairs.mask), columns_(pairs.k.rows) {
+    if (!pairs.q_ids) return;
+    const View sides[] = {pairs.q_ids, pairs.k_ids};
+    int64_t lowest = pairs.q_ids.at<int64_t>(0), highest = lowest;
+    for (const View& ids : sides) {
+      for (long i = 0; i < ids.rows; ++i) {
+        lowest = std::min(lowest, ids.at<int64_t>(i));
+        highest = std::max(highest, ids.at<int64_t>(i));
+      }
+    }
+    const uint64_t spread = uint64_t(highest) - uint64_t(lowest);
+    std::vector<int64_t> known;  // ids too far apart for an Int are numbered in order instead
+    if (spread > uint64_t(std::numeric_limits<Int>::max())) {
+      for (const View& ids : sides) {
+        for (long i = 0; i < ids.rows; ++i) known.push_back(ids.at<int64_t>(i));
+      }
+      std::sort(known.begin(), known.end());
+    }
+    for (int side = 0; side < 2; ++side) {
+      const View& ids = sides[side];
+      codes_[side] = Buffer<Int>(ids.rows + kTileCols<T>);
+      for (long i = 0; i < ids.rows; ++i) {
+        const int64_t id = ids.at<int64_t>(i);
+        codes_[side][i] =
+            known.empty() ? Int(uint64_t(id) - uint64_t(lowest))
+                          : Int(std::lower_bound(known.begin(), known.end(), id) - known.begin());
+      }
+      std::fill_n(codes_[side] + ids.rows, kTileCols<T>, Int{-1});
+    }
+  }
+
+  // Whether a strip of S, `rows` from i on and kTileCols from j on, has any.
+  bool meets(long i, long rows, long j) const {
+    if (mask_ || j + kTileCols<T> > columns_) return true;
+    if (!codes_[0]) return false;
+    const auto [low, high] = range(codes_[0] + i, rows);
+    const auto [low_j, high_j] = range(codes_[1] + j, kTileCols<T>);
+    return low <= high_j && low_j <= high;
+  }
+
+  // Writes `value` in their places; columns behind the last are left out too.
+  void put(T value, Matrix<T> strip, long i, long rows, long j) const {
+    const long cols = std::min<long>(kTileCols<T>, columns_ - j);
+    for (long r = 0; r < rows; ++r) {
+      T* s = strip.data + r * strip.stride;
+      if (codes_[0]) {
+        for (long c = 0; c < kTileCols<T>; c += kWidth<T>) {
+          const Ints<T> ids =
+              *reinterpret_cast<const typename Simd<T>::LooseInts*>(codes_[1] + j + c);
+          store(s + c, select<T>(ids == codes_[0][i + r], broadcast(value), load<T>(s + c)));
+        }
+      }
+      if (mask_) {
+        for (long c = 0; c < cols; ++c) s[c] = mask_.at<bool>(i + r, j + c) ? s[c] : value;
+      }
+      for (long c = cols; c < kTileCols<T>; ++c) s[c] = value;
+    }
+  }
+
+ private:
+  static std::pair<Int, Int> range(const Int* ids, long count) {
+    Int low = ids[0], high = ids[0];
+    for (long i = 1; i < count; ++i) {
+      low = std::min(low, ids[i]);
+      high = std::max(high, ids[i]);
+    }
+    return {low, high};
+  }
+
+  Buffer<Int> codes_[2];
+  View mask_;
+  long columns_;
+};
+
+// q as A, k as B of S = q kT, packed. `k_rows` keeps the rows of k as well, for a gradient.
+template <class P>
+struct Scores {
+  using T = typename P::Scalar;
+  using Unit = typename P::Unit;
+  static constexpr long kCols = kTileCols<T>;
+
+  Shape<P> shape;
+  Buffer<Unit> rows, panels, k_rows;
+
+  Scores(const View& q, const View& k, bool keep_k, const Run& run)
+      : shape(q.cols),
+        rows((q.rows + kTileRows) * shape.stride),
+        panels(round_up(k.rows, kCols) * shape.units) {
+    if (keep_k) k_rows = Buffer<Unit>(k.rows * shape.stride);
+    Buffer<Unit> spare(run.threads * kCols * shape.stride);
+    for_each_chunk(q.rows, run, [&](long begin, long end, int) {
+      for (long i = begin; i < end; ++i) pack_row<P>(q, i, shape, row(i));
+    });
+    for_each_chunk(k.rows, run, [&](long begin, long end, int thread) {
+      Unit* packed = keep_k ? k_rows + begin * shape.stride : spare + thread * kCols * shape.stride;
+      for (long j = begin; j < end; ++j) {
+        pack_row<P>(k, j, shape, packed + (j - begin) * shape.stride);
+      }
+      pack_panel<P>(packed, end - begin, shape, panel(begin));
+    });
+    std::memset(row(q.rows), 0, kTileRows * shape.stride * sizeof(Unit));
+  }
+
+  // work(begin, end, thread) for rows in chunks as high as a panel is wide
+  template <class Work>
+  static void for_each_chunk(long count, const Run& run, Work work) {
+    for_each((count + kCols - 1) / kCols, run, [&](long chunk, int thread) {
+      work(chunk * kCols, std::min(count, (chunk + 1) * kCols), thread);
+    });
+  }
+
+  Unit* row(long i) const { return rows + i * shape.stride; }
+  Unit* panel(long j) const { return panels + j * shape.units; }
+
+  // <q_i, k_j> for `count` rows from i on and kCols columns from j on. Writes rows rounded up to
+  // whole tiles.
+  void strip(long i, long count, long j, Matrix<T> s) const {
+    const Matrix<const Unit> a{row(i), shape.stride}, b{panel(j), kCols};
+    for (long r = 0; r < count; r += kTileRows) {
+      tile<P, kTileVectors, Stride::rows, false>(shape.units, a.at(r, 0), b, s.at(r, 0));
+    }
+  }
+};
+
+// The kernels' own arithmetic for an input type.
+template <class Body>
+auto with_arithmetic(Type type, Body body) {
+  switch (type) {
+    case Type::f64:
+      return body(F64{});
+#if defined(__AVX512BF16__)
+    case Type::bf16:
+      return body(BF16{});
+#endif
+    default:
+      return body(F32{});
+  }
+}
+
+}  // namespace mmfast::MMFAST_LEVEL

@@ -1,0 +1,40 @@
+#pragma once
+#include <functional>
+
+#include "view.h"
+
+// What each op does. Every instruction set has these functions in a namespace of its own
+// (cpu/isa.h); the ones declared here call those of the level in use (cpu/dispatch.cpp).
+namespace mmfast {
+
+// How to run: on how many threads, and whether the caller wants to give up (asked a few times a
+// second, on the calling thread).
+struct Run {
+  int threads = 1;
+  std::function<bool()> stop;
+};
+
+// Thrown when `Run::stop` said yes; outputs are then unfinished.
+struct Stopped {};
+
+// S[i, j] = scale * <q_i, k_j> over the pairs that stay: q_ids[i] != k_ids[j] and mask[i, j].
+struct Pairs {
+  View q, k;  // [N, D], [M, D]: f32, f64, bf16 or f16, inner stride 1
+  double scale = 1;
+  View q_ids, k_ids;  // int64 [N], [M], or empty
+  View mask;          // bool [N, M], or empty
+};
+
+// rows[i] = log sum_j exp S[i, j], columns[j] = log sum_i exp S[i, j]; an empty view is not asked
+// for. f32 results (f64 for f64 inputs).
+void pairwise_lse_forward(const Pairs&, View rows, View columns, const Run&);
+
+// Gradients of sum(g_rows * rows) + sum(g_columns * columns) into dq [N, D] and dk [M, D] (type of
+// q, contiguous); returns that of the scale, or 0 where `need_scale` is false.
+double pairwise_lse_backward(const Pairs&, View g_rows, View g_columns, View rows, View columns,
+                             View dq, View dk, bool need_scale, const Run&);
+
+// GFLOP/s of the register tile on operands that stay in cache.
+double tile_rate(Type, double seconds, int threads);
+
+}  // namespace mmfast

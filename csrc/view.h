@@ -1,0 +1,23 @@
+#pragma once
+#include <cstdint>
+
+namespace mmfast {
+
+enum class Type { f32, f64, bf16, f16, i64, b8 };
+
+// A matrix that somebody else owns; strides count elements. A vector is a matrix of one column.
+struct View {
+  void* data = nullptr;
+  long rows = 0, cols = 0;
+  long row_stride = 0, col_stride = 0;
+  Type type = Type::f32;
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  T& at(long i, long j = 0) const {
+    return static_cast<T*>(data)[i * row_stride + j * col_stride];
+  }
+  View transposed() const { return {data, cols, rows, col_stride, row_stride, type}; }
+};
+
+}  // namespace mmfast

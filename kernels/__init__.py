@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``mmfast.kernels``; the same stems as ``mmfast.ops``."""

@@ -1,0 +1,55 @@
+"""The compiled core: arrays come in by DLPack, outputs are preallocated by the caller.
+
+Errors are ValueError and TypeError; an interrupt ends a long call as KeyboardInterrupt.
+"""
+
+from torch import Tensor
+
+def isa() -> str:
+    """The instruction-set level in use: generic, avx2, avx512 or avx512_bf16."""
+
+def isa_levels() -> list[str]:
+    """The levels this machine can run, lowest first."""
+
+def set_isa(level: str) -> None:
+    """Use `level` from now on; ValueError if this machine lacks it."""
+
+def build_info() -> dict[str, str]:
+    """How the core was built: compiler, version, cuda."""
+
+def tile_rate(dtype: str, seconds: float, threads: int) -> float:
+    """GFLOP/s of the register tile on data in cache, for "float32", "float64" or "bfloat16"."""
+
+def clock_ghz(seconds: float) -> float:
+    """The core clock, measured by a chain of dependent additions."""
+
+def pairwise_lse_forward(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    threads: int,
+) -> None:
+    """Write rows [N] and columns [M] of q [N, D] and k [M, D]; either may be None."""
+
+def pairwise_lse_backward(
+    g_rows: Tensor | None,
+    g_columns: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    need_scale: bool,
+    threads: int,
+) -> float:
+    """Write dq and dk, each unless None, and return d/dscale (0.0 if not asked for)."""

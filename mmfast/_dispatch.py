@@ -1,0 +1,123 @@
+"""How a call finds its backend, and how an op becomes known to torch.
+
+An op lists its backends, fastest first, in a table. The public function calls `choose` once and
+hands the name down as a string; nothing below looks at devices or at the environment again.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import mmfast._C
+
+    core = mmfast._C
+    core_error: str | None = None
+except ModuleNotFoundError as error:
+    # a core that is there but does not load is a broken install: let that error out
+    if error.name != "mmfast._C":
+        raise
+    core_error = (
+        "the compiled core mmfast._C is not installed: install mmfast again with a C++ compiler "
+        "and without MMFAST_NO_EXT"
+    )
+
+_library: Any = torch.library.Library("mmfast", "DEF")  # type: ignore[no-untyped-call]
+_warned: set[str] = set()
+
+
+class Backend(NamedTuple):
+    """One way to compute an op.
+
+    devices: the device types it is written for; empty means any.
+    why_not: given the op's tensors, None if it can run and otherwise the reason, as a clause
+        that reads well after "because".
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    why_not: Callable[..., str | None]
+
+    def refusal(self, *inputs: Tensor) -> str | None:
+        """None if this backend can take `inputs`, otherwise the reason it cannot."""
+        device = inputs[0].device.type
+        if self.devices and device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, and the input is on {device}"
+        return self.why_not(*inputs)
+
+
+def cpp_missing(*inputs: Tensor) -> str | None:
+    """`why_not` of every op whose C++ takes all inputs that pass the public function's checks."""
+    return core_error
+
+
+def always(*inputs: Tensor) -> None:
+    """`why_not` of a backend that takes everything."""
+    return None
+
+
+def choose(op: str, backend: str | None, table: Sequence[Backend], *inputs: Tensor) -> str:
+    """The name of the first backend that can run, or of `backend` itself.
+
+    Raises:
+        ValueError: `backend` names none of the table.
+        RuntimeError: `backend` cannot run here, or none can; with the reasons.
+    """
+    refused: list[tuple[Backend, str]] = []
+    for row in table:
+        if backend is not None and row.name != backend:
+            continue
+        reason = row.refusal(*inputs)
+        if reason is None:
+            if backend is None and row.name == "eager" and refused:
+                _warn_slow(op, refused, inputs[0].device.type)
+            return row.name
+        refused.append((row, reason))
+    if backend is None:
+        reasons = "; ".join(f"{row.name} cannot because {reason}" for row, reason in refused)
+        raise RuntimeError(f"{op}: no backend can run here: {reasons}")
+    if refused:
+        raise RuntimeError(f'{op}: backend="{backend}" cannot run here because {refused[0][1]}')
+    names = ", ".join(f'"{row.name}"' for row in table)
+    raise ValueError(f"{op}: backend must be None or one of {names}, got {backend!r}")
+
+
+def _warn_slow(op: str, refused: list[tuple[Backend, str]], device: str) -> None:
+    # only a backend made for this device is a loss worth a warning
+    reasons = [
+        f"{row.name} cannot run because {why}" for row, why in refused if device in row.devices
+    ]
+    if not reasons or op in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add(op)
+    warnings.warn(
+        f"mmfast: {op} falls back to plain torch, which keeps every score in memory: "
+        f'{"; ".join(reasons)}. Pass backend="eager" to choose this without a warning.',
+        stacklevel=4,
+    )
+
+
+def define(
+    schema: str, fake: Callable[..., Any], implementations: dict[str, Callable[..., Any]]
+) -> Any:
+    """Register `mmfast::<schema>`, whose last argument is `str backend`, and return the op.
+
+    fake: takes every argument; makes outputs of the right shape, dtype and strides.
+    implementations: by backend name; each takes every argument but the backend.
+    """
+    name = schema.partition("(")[0]
+
+    def run(*args: Any) -> Any:
+        *inputs, backend = args
+        if backend not in implementations:
+            raise ValueError(f"mmfast::{name} has no backend {backend!r}")
+        return implementations[backend](*inputs)
+
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"mmfast::{name}", fake, lib=_library)
+    return getattr(torch.ops.mmfast, name).default

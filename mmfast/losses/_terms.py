@@ -1,0 +1,160 @@
+"""What the losses share: argument checks and plain torch pieces that cost O(N D), never O(N M).
+
+N rows, D width, s_ij = scale * <q_i, k_j>. Low precision inputs are widened to float32 once and
+everything after that stays there; float64 stays float64.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfast.ops._inputs import SCORE_TYPE, cast_as_matmul, check_tensor, type_name
+
+Reduction = Literal["mean", "sum", "none"]
+SameId = Literal["exclude", "positive"]
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in the dtype that its scores and losses are computed in."""
+    return x.to(SCORE_TYPE[x.dtype])
+
+
+def dot_rows(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
+    """scale * <q_i, k_i> over the last axis, in the dtype of widened q, k [..., D]."""
+    # multiply and sum, not a product: tf32 or a bf16 result would be off by 0.2 at scale 100
+    return (q * k).sum(-1) * scale
+
+
+def row_scores(q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
+    """Scores of picked pairs: s_ii of q, k [..., D], from the inputs that `pairwise_lse` sees."""
+    q, k = cast_as_matmul(q, k)
+    return dot_rows(widen(q), widen(k), scale)
+
+
+def log_sum_exp(scores: Tensor, dim: int) -> Tensor:
+    """logsumexp whose value is -inf and whose gradient is 0 where every score is -inf."""
+    # torch's own backward there is exp(-inf - -inf) = NaN
+    empty = (scores == -math.inf).all(dim, keepdim=True)
+    return scores.masked_fill(empty, 0.0).logsumexp(dim).masked_fill(empty.squeeze(dim), -math.inf)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), value and gradient to the last bits of float32 and float64 at any x."""
+    # past the threshold softplus(x) is x: 20, the default, would leave 1e-10 in float64
+    return F.softplus(x, threshold=40.0)
+
+
+def group_sums(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of rows with equal ids: (of row i's group [N, D], its size [N, 1], of all rows [D])."""
+    # numbering by sort has shapes known beforehand: no host sync, and it traces
+    order = ids.argsort()
+    ordered = ids[order]
+    starts = torch.cat([ids.new_zeros(1), (ordered[1:] != ordered[:-1]).long()])
+    slot = torch.zeros_like(ids).scatter(0, order, starts.cumsum(0))
+    sums = torch.zeros_like(x).index_add(0, slot, x)
+    sizes = x.new_zeros(len(x)).index_add(0, slot, x.new_ones(len(x)))
+    # the total from the same sums: of one single group, total - sum is then exactly 0
+    return sums.index_select(0, slot), sizes[slot].unsqueeze(1), sums.sum(0)
+
+
+def target_offset(
+    k: Tensor, ids: Tensor | None, same_id: SameId, label_smoothing: float
+) -> Tensor | None:
+    """k_i minus the mean row under the target of row i, [N, D]; None where that is k_i itself.
+
+    The target is (1 - label_smoothing) * positives + label_smoothing * remaining columns, each
+    uniform: the positives of row i are itself, or with same_id="positive" its whole group; the
+    columns that remain are all, or with same_id="exclude" its own and those of other ids.
+    `k` [N, D] is widened; cross-entropy = softplus(others - s_ii) + scale * <q_i, offset_i>.
+    """
+    if ids is None:
+        return label_smoothing * (k - k.mean(0)) if label_smoothing else None
+    if same_id == "exclude" and not label_smoothing:
+        return None
+    sums, sizes, total = group_sums(k, ids)
+    if same_id == "exclude":
+        return label_smoothing * (k - (total - sums + k) / (len(k) - sizes + 1))
+    # a row alone in its group sends no gradient here at all: a tiny one, added between two large
+    # ones that cancel, would be lost
+    offset = (k - sums / sizes).masked_fill(sizes == 1, 0.0)
+    if not label_smoothing:
+        return offset
+    return (1 - label_smoothing) * offset + label_smoothing * (k - total / len(k))
+
+
+def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    """`loss` [N] as a mean, a sum or as it is."""
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def check_rows(
+    who: str, name: str, x: Any, sizes: Sequence[int | str], like: tuple[str, Tensor] | None = None
+) -> Tensor:
+    """`x` as autocast leaves it; raises unless its shape is `sizes` and it matches `like`.
+
+    A size that is a letter is free, but only "H" may be 0.
+    """
+    check_tensor(who, name, x)
+    if x.dtype not in SCORE_TYPE:
+        raise TypeError(
+            f"{who}: {name} must be float32, float64, bfloat16 or float16, got {type_name(x.dtype)}"
+        )
+    x = cast_as_matmul(like[1] if like else x, x)[1]
+    if x.ndim != len(sizes) or any(
+        not isinstance(size, str) and size != got for size, got in zip(sizes, x.shape, strict=True)
+    ):
+        wanted = ", ".join(f"{size}" for size in sizes)
+        suffix = f" like {like[0]}" if like else ""
+        raise ValueError(f"{who}: {name} must be [{wanted}]{suffix}, got {list(x.shape)}")
+    if any(got == 0 and size != "H" for size, got in zip(sizes, x.shape, strict=True)):
+        raise ValueError(f"{who}: {name} must not be empty, got {list(x.shape)}")
+    if like:
+        other, y = like
+        if x.dtype != y.dtype:
+            expected, dtype = type_name(y.dtype), type_name(x.dtype)
+            raise TypeError(f"{who}: {name} must be {expected} like {other}, got {dtype}")
+        if x.device != y.device:
+            raise ValueError(f"{who}: {name} must be on {y.device} like {other}, got {x.device}")
+    return x
+
+
+def check_ids(who: str, ids: Any, like: tuple[str, Tensor]) -> None:
+    """Raises unless `ids` is int64 [N], one for each row of `like`."""
+    other, y = like
+    check_tensor(who, "ids", ids)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{who}: ids must be int64, got {type_name(ids.dtype)}")
+    if ids.shape != y.shape[:1]:
+        raise ValueError(
+            f"{who}: ids must be [{len(y)}], one per row of {other}, got {list(ids.shape)}"
+        )
+    if ids.device != y.device:
+        raise ValueError(f"{who}: ids must be on {y.device} like {other}, got {ids.device}")
+
+
+def check_label_smoothing(who: str, label_smoothing: Any) -> None:
+    """Raises unless `label_smoothing` is a number in [0, 1)."""
+    if not isinstance(label_smoothing, (int, float)):
+        got = type(label_smoothing).__name__
+        raise TypeError(f"{who}: label_smoothing must be a number, got {got}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"{who}: label_smoothing must be in [0, 1), got {label_smoothing}")
+
+
+def check_options(who: str, reduction: Any, same_id: Any, group: Any) -> None:
+    """Raises unless the words are known and no process group is given."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{who}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if same_id not in ("exclude", "positive"):
+        raise ValueError(f"{who}: same_id must be 'exclude' or 'positive', got {same_id!r}")
+    if group is not None:
+        raise ValueError(
+            f"{who}: group= is not supported yet, expected None, got {type(group).__name__}; "
+            "without it each process computes the loss of its own batch"
+        )

@@ -1,0 +1,7 @@
+"""The primitives, one file each: contract, reference, backends, autograd, public function."""
+
+from mmfast._dispatch import Backend
+from mmfast.ops import pairwise_lse as _pairwise_lse
+
+# every op's backends, fastest first; what `mmfast info` and the tests go through
+BACKENDS: dict[str, tuple[Backend, ...]] = {"pairwise_lse": _pairwise_lse.BACKENDS}

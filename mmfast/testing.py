@@ -1,0 +1,250 @@
+"""What tests and benchmarks share: named cases, an error budget, ways to catch a kernel out."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from mmfast import _dispatch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: q [N, D] against k [M, D], and the reason it is there.
+
+    tags: "quick" runs everywhere, "full" also through every level and type, "bench" is timed.
+    norm: the length of every row.
+    left_out: "own" (row numbers as ids), "repeated" (few ids, many equal), "sorted" (ids in
+        order, as samples of one class after another) and "mask", alone or with one of the ids.
+    """
+
+    id: str
+    N: int
+    M: int
+    D: int
+    why: str
+    tags: tuple[str, ...] = ("full",)
+    scale: float = 10.0
+    norm: float = 1.0
+    left_out: tuple[str, ...] = ()
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, *, device: str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Keyword arguments of the op: q, k, scale, and q_ids, k_ids, mask where the case has them.
+
+        q and k are leaves that require grad; k is a slice of a wider buffer of NaN.
+        """
+        random = torch.Generator().manual_seed(seed)
+        q = self._rows(self.N, random).to(device, dtype)
+        wide = torch.full((self.M, self.D + 5), torch.nan, dtype=dtype, device=device)
+        k = wide[:, 3 : 3 + self.D]
+        k.copy_(self._rows(self.M, random))
+        made: dict[str, Any] = {
+            "q": q.requires_grad_(),
+            "k": k.requires_grad_(),
+            "scale": torch.tensor(self.scale, dtype=torch.float64, requires_grad=True),
+        }
+        if "own" in self.left_out:
+            made["q_ids"] = torch.arange(self.N, device=device)
+            made["k_ids"] = torch.arange(self.M, device=device)
+        if "repeated" in self.left_out or "sorted" in self.left_out:
+            q_ids = torch.randint(0, 7, (self.N,), generator=random)
+            k_ids = torch.randint(0, 7, (self.M,), generator=random)
+            if "sorted" in self.left_out:
+                q_ids, k_ids = q_ids.sort().values, k_ids.sort().values
+            made["q_ids"], made["k_ids"] = q_ids.to(device), k_ids.to(device)
+        if "mask" in self.left_out:
+            mask = torch.rand(self.N, self.M, generator=random) < 0.7
+            # a row and a column that lose every pair
+            mask[self.N // 2], mask[:, self.M // 3] = False, False
+            made["mask"] = mask.to(device)
+        return made
+
+    def _rows(self, rows: int, random: torch.Generator) -> Tensor:
+        x: Tensor = torch.randn(rows, self.D, generator=random, dtype=torch.float64)
+        norms: Tensor = x.norm(dim=1, keepdim=True)
+        return x * (self.norm / norms)
+
+
+_QUICK = ("quick", "full")
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "pairwise_lse": (
+        Case("single", 1, 1, 1, "the smallest problem there is", _QUICK),
+        Case("aligned", 64, 128, 64, "every tile is whole: no edge code runs", _QUICK),
+        Case("ragged", 129, 257, 96, "one row and one column more than whole tiles", _QUICK),
+        Case("odd_width", 37, 41, 13, "D fits no vector and no bf16 pair", _QUICK),
+        Case("thin", 150, 70, 1, "D=1: an inner product without a sum"),
+        Case("deep", 40, 72, 1100, "D larger than what one block of the depth can hold"),
+        Case("tall", 700, 5, 24, "N far above M: the sides may swap roles", _QUICK),
+        Case("flat", 5, 700, 24, "M far above N: many column groups, one short row block"),
+        Case("many_lanes", 450, 1030, 32, "several tiles both ways, merged in a fixed order"),
+        Case("cold", 200, 300, 48, "temperature 0.01: one term carries each sum", scale=100.0),
+        Case("loud", 90, 310, 48, "scores span +-1600: one maximum a tile loses rows", norm=40.0,
+             scale=1.0),
+        Case("own", 300, 300, 32, "own pairs left out: ids meet on the diagonal only", _QUICK,
+             left_out=("own",)),
+        Case("repeated", 131, 203, 32, "few ids, so that every tile holds equal ones",
+             left_out=("repeated",)),
+        Case("sorted", 300, 520, 16, "ids in order: whole tiles left out, others untouched",
+             left_out=("sorted",)),
+        Case("mask", 131, 203, 32, "a mask with an empty row and an empty column", _QUICK,
+             left_out=("mask",)),
+        Case("mask_and_ids", 131, 131, 32, "both reasons to leave a pair out", _QUICK,
+             left_out=("own", "mask")),
+        *(
+            Case(f"square_{B}", B, B, 512, why, ("bench",), scale=100.0)
+            for B, why in (
+                (2048, "everything fits the caches of a server"),
+                (4096, "in between, to see the slope"),
+                (8192, "the scores alone would be 256 MB"),
+            )
+        ),
+    )
+}  # fmt: skip
+
+
+def find_case(op: str, id: str) -> Case:
+    """The case of `op` with this id."""
+    return next(case for case in CASES[op] if case.id == id)
+
+
+def cases(op: str, tag: str) -> list[Case]:
+    """The cases of `op` that carry `tag`."""
+    return [case for case in CASES[op] if tag in case.tags]
+
+
+def random_pair(
+    N: int = 5,
+    M: int = 4,
+    D: int = 3,
+    *,
+    dtype: torch.dtype = torch.float64,
+    requires_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Normal q [N, D] and k [M, D] from torch's own generator."""
+    q, k = (torch.randn(rows, D, dtype=dtype, requires_grad=requires_grad) for rows in (N, M))
+    return q, k
+
+
+def assert_within_budget(
+    name: str,
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    *,
+    eps: float,
+    magnitude: float | None = None,
+    factor: float = 2.0,
+) -> None:
+    """A kernel may err as much as plain torch does in the same type, times `factor`, plus a floor.
+
+    Judged against `exact` (float64) in three ways: the largest error, the error's norm, and its
+    mean, which has to vanish like that of random rounding: a lost tile shows there first.
+
+    Args:
+        got, eager, exact: one shape; infinities and NaN of `got` must stand where `exact` has them.
+        eps: rounding of the type; the floor is twice this times `magnitude`.
+        magnitude: what an error is relative to, default the largest finite |exact|; give it where
+            `exact` is small because large terms cancel.
+
+    Raises:
+        AssertionError: naming `name`, the measure, what was allowed and what came.
+    """
+    got, eager, exact = (x.detach().double() for x in (got, eager, exact))
+    assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
+    finite = exact.isfinite()
+    same = (got == exact) | (got.isnan() & exact.isnan())
+    assert bool(same[~finite].all()), f"{name}: an infinity or NaN is missing"
+    assert bool(got[finite].isfinite().all()), f"{name}: not finite where the exact value is"
+    if not bool(finite.any()):
+        return
+    error, noise, exact = (got - exact)[finite], (eager - exact)[finite], exact[finite]
+    n, largest = error.numel(), float(exact.abs().max())
+    if magnitude is None:
+        magnitude = largest
+    # from the largest entry to all of them
+    spread = float(exact.norm()) / largest if largest else n**0.5
+    most = factor * float(noise.abs().max()) + 2 * eps * magnitude
+    norm = factor * float(noise.norm()) + 2 * eps * magnitude * spread
+    # the mean of n independent errors shrinks as 1 / sqrt(n); a quarter may be shared rounding
+    bias = factor * float(noise.mean().abs()) + norm / n**0.5 * (0.25 + 4 / n**0.5)
+    for measure, value, allowed in (
+        ("largest error", float(error.abs().max()), most),
+        ("norm of the error", float(error.norm()), norm),
+        ("mean error", float(error.mean().abs()), bias),
+    ):
+        assert value <= allowed, f"{name}: {measure} {value:.3e}, allowed {allowed:.3e}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that mmfast allocates uninitialised holds NaN, or the lowest integer.
+
+    An output that a kernel forgets to write then fails any comparison.
+    """
+    if hasattr(torch.empty, "poisons"):
+        yield
+        return
+
+    def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            x = make(*args, **kwargs)
+            if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "mmfast":
+                x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
+            return x
+
+        wrapped.poisons = True  # type: ignore[attr-defined]
+        return wrapped
+
+    with ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            stack.enter_context(patch.object(owner, name, poisoning(getattr(owner, name))))
+        yield
+
+
+@contextmanager
+def cpu_level(name: str) -> Iterator[None]:
+    """Run the compiled core at level `name`; ValueError if this machine lacks it."""
+    before = _dispatch.core.isa()
+    _dispatch.core.set_isa(name)
+    try:
+        yield
+    finally:
+        _dispatch.core.set_isa(before)
+
+
+@dataclass
+class Saved:
+    """`bytes` that autograd keeps for the backward pass."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def saved_bytes(*inputs: Tensor) -> Iterator[Saved]:
+    """Count what autograd saves inside the block, each storage once, `inputs` not at all."""
+    saved = Saved()
+    # held, so that no storage is freed and its address counted as another's
+    seen = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in inputs}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = storage
+            saved.bytes += storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield saved

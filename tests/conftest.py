@@ -1,0 +1,71 @@
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # triton reads this when it is imported: without a card its kernels run in the interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from mmfast import _dispatch
+from mmfast.ops import BACKENDS
+from mmfast.testing import cpu_level, poisoned_memory
+
+# the same examples on every machine, and no failure because a machine is busy
+settings.register_profile("mmfast", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("mmfast")
+
+PROBE = torch.ones(1, 1)
+LEVELS = [] if _dispatch.core_error else _dispatch.core.isa_levels()
+
+
+def pytest_configure(config):
+    # what torch.compile itself does with other parts of torch
+    for message in (".torch.jit.", ".* should not be instantiated. Methods on autograd functions"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
+    if _dispatch.core_error:
+        # an install without the core is tested too, and its one warning has its own test
+        config.addinivalue_line("filterwarnings", "ignore:mmfast. .* falls back to plain torch")
+
+
+def backends(op="pairwise_lse"):
+    """The names of the backends that can run here."""
+    return [row.name for row in BACKENDS[op] if row.refusal(PROBE, PROBE) is None]
+
+
+@pytest.fixture(params=backends())
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=[name for name in backends() if name != "eager"] or ["none"])
+def compiled_backend(request):
+    """Every backend that goes through the torch ops."""
+    if request.param == "none":
+        pytest.skip("no compiled backend here: " + str(_dispatch.core_error))
+    return request.param
+
+
+@pytest.fixture(
+    params=[name for name in backends() if name != "cpp"] + [f"cpp-{x}" for x in LEVELS]
+)
+def level_backend(request):
+    """Every backend, and the C++ one at every level of this machine."""
+    name, _, level = request.param.partition("-")
+    if not level:
+        yield name
+        return
+    with cpu_level(level):
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

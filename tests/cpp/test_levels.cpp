@@ -1,0 +1,3 @@
+void test_every_level();
+
+int main() { test_every_level(); }

@@ -1,0 +1,147 @@
+"""The demo's parts: data, measures, one short training, costs, tables and pictures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmfast
+
+# the example is a folder of scripts that find each other beside themselves
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "emoji"))
+
+import compare
+import data
+import metrics
+import pictures
+import tables
+import train
+
+sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def few():
+    """96 of the real pairs."""
+    return data.load().take(torch.arange(96))
+
+
+def test_split_keeps_pairs_together_and_apart():
+    pairs = data.load()
+    training, held_out = data.split(pairs)
+    assert (len(pairs), len(training), len(held_out)) == (1886, 1586, 300)
+    assert set(training.names).isdisjoint(held_out.names)
+    assert set(training.names) | set(held_out.names) == set(pairs.names)
+    row = pairs.names.index(held_out.names[7])
+    assert torch.equal(held_out.image[7], pairs.image[row])
+    assert torch.equal(held_out.text[7], pairs.text[row])
+    assert (held_out.thumbnails[7] == pairs.thumbnails[row]).all()
+
+
+def test_recall_counts_the_own_key_among_the_k_best():
+    keys = torch.eye(3)
+    # query 0 finds its key first, query 1 second, query 2 last
+    queries = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.6, 0.0], [0.7, 0.6, 0.2]])
+    assert [metrics.recall(queries, keys, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_distances_on_points_of_the_circle():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    y = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    # squared distances of the pairs: 2 and 0
+    assert metrics.alignment(x, y) == pytest.approx(1)
+    # one pair of rows, at squared distance 2: log exp(-2·2)
+    assert metrics.uniformity(x) == pytest.approx(-4)
+    assert metrics.uniformity(y) == pytest.approx(0)
+    # the means are (1/2, 1/2) and (0, 1)
+    assert metrics.gap(x, y) == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize("loss", compare.LOSSES.values(), ids=compare.LOSSES)
+def test_training_learns_the_pairs(few, loss):
+    torch.manual_seed(0)
+    before = metrics.measure(*train.TwoHeads().embed(few))
+    run = train.train(few, loss, label="test", epochs=6, batch=48)
+    after = metrics.measure(*run.model.embed(few))
+    assert len(run.losses) == 12
+    assert run.epochs == 6
+    assert run.losses[-1] < 0.7 * run.losses[0]
+    assert after["recall@10 image to text"] > before["recall@10 image to text"] + 0.2
+    assert after["alignment"] < before["alignment"]
+
+
+def test_both_losses_train_alike(few):
+    curves = [
+        train.train(few, loss, label="test", epochs=3, batch=48, seed=5).losses
+        for loss in (mmfast.clip_loss, compare.dense_clip_loss)
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_training_stops_when_its_seconds_are_over(few):
+    run = train.train(few, mmfast.clip_loss, label="test", epochs=50, seconds=0, batch=48)
+    assert run.epochs == 1
+    assert len(run.losses) == 2
+
+
+def test_saved_bytes_counts_what_only_the_loss_keeps():
+    inputs = compare.loss_inputs(32)
+    square = compare.saved_bytes(lambda image, text, scale: (image @ text.T).exp().sum(), inputs)
+    # exp keeps its result, 32 by 32 floats; the product keeps inputs only
+    assert square == 4 * 32 * 32
+
+
+def test_peak_memory_is_measured_in_processes_of_their_own():
+    peaks = compare.peak_bytes(1024, threads=1)
+    if peaks["dense"] is None:
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    assert set(peaks) == {"mmfast", "dense"}
+    # two matrices of logits in float32 at the least
+    assert peaks["dense"] > 2 * 4 * 1024**2
+
+
+def test_tables_hold_every_number():
+    text = tables.learned({"before": {"recall@10 image to text": 0.125, "gap": 1.5}}, held_out=40)
+    assert [line.split()[-2:] for line in text.splitlines()[1:]] == [
+        ["0.125", "0.250"],
+        ["gap", "1.500"],
+    ]
+    cost = {"loss_ms": 1.0, "step_ms": 2.0, "saved_bytes": 3e6, "peak_bytes": None}
+    cells = [line.split()[-1] for line in tables.costs({512: {"mmfast": cost}}).splitlines()]
+    assert cells == ["512", "mmfast", "1.0", "2.0", "3.00", "unknown"]
+
+
+def test_pictures_are_written(few, tmp_path):
+    image, text = train.TwoHeads().embed(few)
+    files = [
+        pictures.loss_curves(tmp_path / "loss.png", [3.0, 2.0, 1.0], [3.0, 2.1, 1.0]),
+        pictures.joint_space(tmp_path / "gap.png", (image, text), (text, image)),
+        pictures.nearest_captions(tmp_path / "captions.png", few, image, text, count=3),
+    ]
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert file.stat().st_size > 10_000
+
+
+def test_images_stand_left_of_texts_in_the_principal_plane(few):
+    image, text = train.TwoHeads().embed(few)
+    x, y = pictures.principal_plane(image, text)
+    assert x.shape == y.shape == (96, 2)
+    assert (x.mean(0) <= y.mean(0)).all()
+
+
+def test_main_refuses_a_training_that_learned_too_little(tmp_path, monkeypatch, capsys):
+    cost = {"loss_ms": 1.0, "step_ms": 1.0, "saved_bytes": 1, "peak_bytes": 1}
+    monkeypatch.setattr(train, "costs", lambda *_: dict.fromkeys(compare.LOSSES, cost))
+    threads = str(torch.get_num_threads())
+    arguments = ["--epochs", "1", "--threads", threads, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit, match=r"recall@1 is 0\..* but 0.25 is expected"):
+        train.main()
+    assert "recall@1 image to text" in capsys.readouterr().out
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["epochs"] == 1
+    assert report["largest_loss_difference"] < 1e-3
+    assert {"loss.png", "gap.png", "captions.png"} <= {file.name for file in tmp_path.iterdir()}
