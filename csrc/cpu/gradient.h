@@ -31,6 +31,20 @@ inline void place(const float* strip, long count, long j, uint32_t* along_column
 }
 #endif
 
+// <a, b> in f64, in a few sums at once.
+template <class T>
+inline double inner(const T* a, const T* b, long n) {
+  double parts[8] = {};
+  long d = 0;
+  for (; d + 8 <= n; d += 8) {
+    for (int i = 0; i < 8; ++i) parts[i] += double(a[d + i]) * double(b[d + i]);
+  }
+  for (; d < n; ++d) parts[0] += double(a[d]) * double(b[d]);
+  double sum = 0;
+  for (const double part : parts) sum += part;
+  return sum;
+}
+
 // Where a gradient gathers: in the output itself if it has the accumulator's type and whole
 // vectors, in `copies` matrices of our own otherwise.
 template <class T>
@@ -63,7 +77,7 @@ struct Accumulator {
     double dot = 0;
     if (x) {
       read_row(*x, i, spare);
-      for (long d = 0; d < out.cols; ++d) dot += double(sum[d]) * double(spare[d]);
+      dot = inner(sum, spare, out.cols);
     }
     write_row(out, i, sum, scale);
     return dot;

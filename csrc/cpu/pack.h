@@ -1,42 +1,14 @@
 #pragma once
-#include <sys/mman.h>
-
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "../view.h"
+#include "memory.h"
 #include "microkernel.h"
+#include "vmath.h"
 
 // Operands as the tile reads them, made once a call. Widening of half types happens here, and
 // rounding back to them where results leave.
 namespace mmfast::MMFAST_LEVEL {
-
-// Memory that is not cleared; large ones ask for huge pages, which spares their page faults.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(long count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64, huge = size_t{1} << 21;
-    data_ = static_cast<T*>(std::aligned_alloc(
-        bytes >= huge ? huge : 64, bytes >= huge ? (bytes + huge - 1) / huge * huge : bytes + 64));
-    if (!data_) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (bytes >= huge) madvise(data_, bytes, MADV_HUGEPAGE);
-#endif
-  }
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() { std::free(data_); }
-  operator T*() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
 
 inline float float_of_bf16(uint16_t h) {
   const uint32_t bits = uint32_t{h} << 16;
@@ -168,12 +140,18 @@ inline void pack_row(const View& x, long i, const Shape<P>& shape, typename P::U
 template <class P>
 inline void pack_panel(const typename P::Unit* packed, long rows, const Shape<P>& shape,
                        typename P::Unit* out) {
-  constexpr long kCols = kTileCols<typename P::Scalar>, kBlock = kWidth<typename P::Scalar>;
-  for (long d = 0; d < shape.units; d += kBlock) {
-    const long depth = std::min(kBlock, shape.units - d);
-    for (long j = 0; j < kCols; ++j) {
+  using T = typename P::Scalar;
+  constexpr long kCols = kTileCols<T>;
+  for (long d = 0; d < shape.units; d += kWidth<T>) {
+    for (long j = 0; j < kCols; j += kWidth<T>) {
+      Vec<T> block[kWidth<T>];
+      for (long r = 0; r < kWidth<T>; ++r) {
+        block[r] = j + r < rows ? load<T>(packed + (j + r) * shape.stride + d) : Vec<T>{};
+      }
+      transpose<T>(block);
+      const long depth = std::min<long>(kWidth<T>, shape.units - d);
       for (long p = 0; p < depth; ++p) {
-        out[(d + p) * kCols + j] = j < rows ? packed[j * shape.stride + d + p] : 0;
+        store(reinterpret_cast<T*>(out + (d + p) * kCols + j), block[p]);
       }
     }
   }

@@ -52,7 +52,7 @@ struct LogSums {
     for (long c = 1; c < copies; ++c) best = std::max<double>(best, top[i + c * stride]);
     for (long c = 0; c < copies; ++c) {
       const double t = top[i + c * stride];
-      total += sum[i + c * stride] * std::exp2(t == best ? 0 : t - best);
+      total += sum[i + c * stride] * (t == best ? 1 : std::exp2(t - best));
     }
     return (best + std::log2(total)) * kLn2;
   }
@@ -193,10 +193,14 @@ void forward(const Pairs& pairs, const View& rows, const View& columns, const Ru
     }
   });
 
-  for (long i = 0; rows && i < N; ++i) rows.at<T>(i) = T(row_state.log(i));
-  for (long j = 0; columns && j < M; ++j) {
-    columns.at<T>(j) = T(column_state.log(j, grid.teams(), padded_M));
-  }
+  const auto write = [&](const View& out, const LogSums<T>& state, long copies) {
+    if (!out) return;
+    Scores<P>::for_each_chunk(out.rows, run, [&](long begin, long end, int) {
+      for (long i = begin; i < end; ++i) out.at<T>(i) = T(state.log(i, copies, padded_M));
+    });
+  };
+  write(rows, row_state, 1);
+  write(columns, column_state, grid.teams());
 }
 
 // One side's share of G: weight * 2^(score - lse), lse in units of log 2.
@@ -311,12 +315,13 @@ double backward(const Pairs& pairs, const View& g_rows, const View& g_columns, c
                 const Run& run) {
   using T = typename P::Scalar;
   constexpr long kCols = kTileCols<T>;
+  const bool only_scale = !dq && !dk;
+  if (only_scale && !need_scale) return 0;
   const Cut lanes(pairs.q.rows), groups(pairs.k.rows);
   const Grid grid{lanes.count, groups.count};
   const Scores<P> scores(pairs.q, pairs.k, dq && P::kPack == 1, run);
   const Gradients<P> gradients(pairs.q, pairs.k, dq, dk, scores, grid, run);
   const Backward<P> pass(pairs, g_rows, g_columns, rows, columns);
-  const bool only_scale = !dq && !dk;
   Buffer<typename Backward<P>::Factors> factors(run.threads);
   std::vector<double> scale_sums(lanes.count, 0.0);
   sweep(grid, run, [&](long lane, long group, int thread) {

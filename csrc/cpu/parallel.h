@@ -38,18 +38,26 @@ void on_threads(int threads, Body body) {
 
 // Lanes of rows times groups of columns. Lanes come in teams of as many lanes as there are groups;
 // at step s, member u of a team visits group (u + s) mod groups. So no two members of a team are
-// ever on one group, every lane meets its groups and every group its lanes in a fixed order.
+// ever on one group at a step, and every lane meets its groups, every group its lanes in one order.
 struct Grid {
   long lanes, groups;
   long teams() const { return (lanes + groups - 1) / groups; }
 };
 
-// work(lane, group, thread) once for each lane and group. A visit starts when its lane has done the
-// step before, and so has the lane that held this group then: no barrier, threads flow from one
-// step into the next. Visits are handed out in one order, so none waits for one not handed out.
+struct Visit {
+  int member, step;
+};
+
+// All visits, each after the two it depends on: its lane's and its group's step before.
+std::vector<Visit> visit_order(Grid grid, int threads);
+
+// work(lane, group, thread) once for each lane and group. Visits are handed out in order; one waits
+// until the two it depends on are done. No barrier, and none waits for one not handed out yet.
 template <class Work>
 void sweep(Grid grid, const Run& run, Work work) {
   const long groups = grid.groups, members = grid.teams() * groups;
+  const std::vector<Visit> order = visit_order(grid, run.threads);
+  const long visits = long(order.size());
   std::unique_ptr<std::atomic<long>[]> done(new std::atomic<long>[members]);
   for (long i = 0; i < members; ++i) done[i].store(0, std::memory_order_relaxed);
   std::atomic<long> next{0};
@@ -60,17 +68,17 @@ void sweep(Grid grid, const Run& run, Work work) {
       if (spin > 1000) std::this_thread::yield();
     }
   };
-  on_threads(std::max<long>(1, std::min<long>(run.threads, members * groups)), [&](int thread) {
+  on_threads(std::max<long>(1, std::min<long>(run.threads, visits)), [&](int thread) {
     auto asked = std::chrono::steady_clock::now();
     for (;;) {
-      const long visit = next.fetch_add(1, std::memory_order_relaxed);
-      if (visit >= members * groups || stopped.load(std::memory_order_relaxed)) return;
-      const long step = visit / members, member = visit % members;
+      const long turn = next.fetch_add(1, std::memory_order_relaxed);
+      if (turn >= visits || stopped.load(std::memory_order_relaxed)) return;
+      const auto [member, step] = order[turn];
       const long mate = member % groups, first = member - mate;
       wait(member, step);
       wait(first + (mate + 1) % groups, step);
       if (stopped.load(std::memory_order_relaxed)) return;
-      if (member < grid.lanes) work(member, (mate + step) % groups, thread);
+      if (member < grid.lanes) work(long(member), (mate + step) % groups, thread);
       done[member].store(step + 1, std::memory_order_release);
       if (thread != 0 || !run.stop) continue;
       const auto now = std::chrono::steady_clock::now();

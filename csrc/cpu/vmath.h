@@ -92,30 +92,52 @@ inline Vec<T> exp2(Vec<T> x) {
 #endif
 }
 
-template <class T, size_t... I>
-inline Vec<T> shuffle_pairs(Vec<T> a, Vec<T> b, int odd, std::index_sequence<I...>) {
+// Lanes of a and b, as if one vector of twice the width, by the index of each lane of the result.
+template <class T, class Index, size_t... I>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, Index index, std::index_sequence<I...>) {
 #if defined(__clang__)
-  return odd ? __builtin_shufflevector(a, b, (2 * I + 1)...)
-             : __builtin_shufflevector(a, b, (2 * I)...);
+  return __builtin_shufflevector(a, b, index(I)...);
 #else
-  return odd ? __builtin_shuffle(a, b, Ints<T>{(2 * I + 1)...})
-             : __builtin_shuffle(a, b, Ints<T>{(2 * I)...});
+  return __builtin_shuffle(a, b, Ints<T>{typename Simd<T>::Int(index(I))...});
 #endif
+}
+template <class T, class Index>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, Index index) {
+  return shuffle<T>(a, b, index, std::make_index_sequence<kWidth<T>>{});
 }
 
 // Lane i of the result is the sum of rows[i]; the rows are overwritten.
 template <class T>
 inline Vec<T> sums_of(Vec<T>* rows) {
-  constexpr auto kLanes = std::make_index_sequence<kWidth<T>>{};
 #pragma GCC unroll 4
   for (int n = kWidth<T> / 2; n >= 1; n /= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
-      rows[i] = shuffle_pairs<T>(rows[2 * i], rows[2 * i + 1], 0, kLanes) +
-                shuffle_pairs<T>(rows[2 * i], rows[2 * i + 1], 1, kLanes);
+      rows[i] = shuffle<T>(rows[2 * i], rows[2 * i + 1], [](size_t l) { return 2 * l; }) +
+                shuffle<T>(rows[2 * i], rows[2 * i + 1], [](size_t l) { return 2 * l + 1; });
     }
   }
   return rows[0];
+}
+
+// Rows become columns. Dealing the two halves into each other turns the bits of an element's place
+// by one; after as many rounds as a lane has bits, row and lane have changed places.
+template <class T>
+inline void transpose(Vec<T>* rows) {
+  constexpr size_t kHalf = kWidth<T> / 2;
+#pragma GCC unroll 4
+  for (size_t round = 1; round <= kHalf; round *= 2) {
+    Vec<T> dealt[kWidth<T>];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kHalf; ++i) {
+      dealt[2 * i] =
+          shuffle<T>(rows[i], rows[i + kHalf], [](size_t l) { return l / 2 + l % 2 * kWidth<T>; });
+      dealt[2 * i + 1] = shuffle<T>(rows[i], rows[i + kHalf],
+                                    [](size_t l) { return l / 2 + kHalf + l % 2 * kWidth<T>; });
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth<T>; ++i) rows[i] = dealt[i];
+  }
 }
 
 template <class T>

@@ -199,8 +199,9 @@ void check_once(int threads) {
   for (long i = 0; need_k && i < M * D; ++i) {
     CHECK(close(get(type, dk_bytes.data() + i * size_of(type)), dk[i], coarse, size_k + 1e-3));
   }
-  CHECK(close(got, need_scale ? d_scale : 0, coarse, size_scale + 1e-3), "scale %g %g", got,
-        d_scale);
+  CHECK(close(got, need_scale ? d_scale : 0, coarse, size_scale + 1e-3),
+        "scale %.9g, not %.9g (terms of %g); type %d, need %d %d; %ld x %ld x %ld", got, d_scale,
+        size_scale, int(type), need_q, need_k, N, M, D);
   for (long i = 0; i < kGuard; ++i) {
     CHECK(dq_bytes[dq_bytes.size() - 1 - i] == 0x5a && dk_bytes[dk_bytes.size() - 1 - i] == 0x5a);
   }
@@ -209,7 +210,7 @@ void check_once(int threads) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 150;
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 500;
   for (const auto& level : isa_levels()) {
     set_isa(level);
     for (int i = 0; i < rounds; ++i) check_once(1 + i % 3);
