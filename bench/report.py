@@ -1,0 +1,276 @@
+"""`python -m bench.report`: RESULTS.md and plots from the newest JSON of each op and device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.targets import OWN, Row, Verdict, allowed_mb, judge, place
+
+HERE = Path(__file__).resolve().parent
+KEY = ("bench", "contender", "mode", "dtype", "n", "d")
+# what the last columns of a bench compare: with the baseline of the same race, unless said
+BASELINE = {"rate": "eager", "loss": "dense", "small": "dense"}
+TITLES = {
+    "rate": "pairwise_lse, rows and columns, by backend",
+    "growth": "pairwise_lse as N grows",
+    "threads": "pairwise_lse, one thread and two",
+    "loss": "clip_loss and its peers",
+    "small": "clip_loss at small batches",
+    "frozen": "clip_loss with a frozen tower",
+    "memory": "memory of one cold call in a fresh process",
+}
+HEADER = """# Results
+
+Written by `python -m bench.report` from the JSON in `results/`; `make bench` measures anew.
+
+Contenders of one race take turns, round by round, and a row is the median of its rounds. FLOP are
+those the task needs (forward 1 product of 2·N²·D, forward and backward 4, with a frozen tower 3),
+whoever spends more. Peak is the larger of two rates measured in the same rounds: `torch.mm` at its
+better size, and mmfast's own register tile in cache. Peak MB is how far resident memory rose
+during one call. `dense` is open_clip's form, a product per direction.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One JSON file: one op on one device at one commit."""
+
+    op: str
+    when: str
+    machine: dict[str, Any]
+    rows: list[Row]
+    unavailable: list[Row]
+
+
+def load(path: Path) -> Result:
+    """Read what `python -m bench` wrote."""
+    data = json.loads(path.read_text())
+    return Result(
+        op=Path(data["benchmarks"][0]["fullname"].split("::")[0]).stem.removeprefix("bench_"),
+        when=data["datetime"],
+        machine=data["machine_info"],
+        rows=[entry["extra_info"] for entry in data["benchmarks"]],
+        unavailable=data["unavailable"],
+    )
+
+
+def newest(folder: Path) -> list[Result]:
+    """The newest result of each (device, op); a quick run only where there is no other."""
+    results = [load(path) for path in sorted(folder.glob("*.json"))]
+    results.sort(key=lambda r: (not r.machine["quick"], r.when))
+    latest = {(r.machine["device"], r.op): r for r in results}
+    return [latest[key] for key in sorted(latest)]
+
+
+def render(results: list[Result], plots: dict[str, list[str]]) -> str:
+    """The whole of RESULTS.md; `plots` maps (device/op) to picture paths."""
+    parts = [HEADER]
+    for device in sorted({r.machine["device"] for r in results}):
+        mine = [r for r in results if r.machine["device"] == device]
+        parts.append(f"## {device}\n")
+        full = [r for r in mine if not r.machine["quick"]]
+        tiles = [r.machine["tile"] for r in full if r.machine["tile"]]
+        parts.append(verdict_table(judge([row for r in full for row in r.rows], tiles)))
+        for result in mine:
+            parts.append(section(result))
+            parts += [f"![{Path(p).stem}]({p})\n" for p in plots.get(f"{device}/{result.op}", [])]
+    return "\n".join(parts)
+
+
+def verdict_table(verdicts: list[Verdict]) -> str:
+    mark = {True: "yes", False: "**no**", None: "-"}
+    body = [[v.claim, v.figure, v.where, mark[v.met]] for v in verdicts]
+    return table(["target", "worst figure", "where", "met"], body)
+
+
+def section(result: Result) -> str:
+    """One op on one device: its tables, its worst rows, what could not run."""
+    m = result.machine
+    state = " (uncommitted changes)" if m["dirty"] else ""
+    lines = [
+        f"### {result.op} · {m['isa']} · {m['threads']} threads · torch {m['torch']}"
+        f" · {m['commit']}{state} · load before {m['load']}\n"
+    ]
+    if m["quick"]:
+        lines.append("A quick run: tiny sizes that show the bench works. These are no results.\n")
+    lines += [peaks(result.rows)] if any("peaks" in row for row in result.rows) else []
+    for bench in dict.fromkeys(row["bench"] for row in result.rows):
+        rows = [row for row in result.rows if row["bench"] == bench]
+        lines.append(f"**{TITLES.get(bench, bench)}**\n")
+        lines.append(bench_table(bench, rows))
+    lines += worst(result.rows)
+    if result.unavailable:
+        lines.append("Not available:\n")
+        names: dict[tuple[str, str], list[str]] = {}
+        for u in result.unavailable:
+            names.setdefault((u["bench"], u["reason"]), []).append(str(u["contender"]))
+        lines += [
+            f"- {bench}, {', '.join(dict.fromkeys(who))}: {reason}"
+            for (bench, reason), who in names.items()
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def bench_table(bench: str, rows: list[Row]) -> str:
+    """Rows of one bench; the last columns hold what this bench compares."""
+    heads = ["N", "D", "dtype", "mode", "contender", "ms (p20 to p80)"]
+    heads += ["GFLOP/s", "% of peak", "peak MB", *_compared(bench)]
+    body = []
+    for row in rows:
+        times = " to ".join(f"{1e3 * row[q]:.4g}" for q in ("p20", "p80"))
+        body.append(
+            [
+                *(str(row[key]) for key in ("n", "d", "dtype", "mode", "contender")),
+                f"{1e3 * row['median']:.4g} ({times})",
+                _number(row.get("gflops"), 1),
+                _number(row.get("percent_of_peak"), 1),
+                _number(row["peak_mb"], 0),
+                *_comparison(bench, row, rows),
+            ]
+        )
+    return table(heads, body)
+
+
+def _compared(bench: str) -> list[str]:
+    if bench in BASELINE:
+        return [f"x faster than {BASELINE[bench]}", f"memory, x {BASELINE[bench]}"]
+    return {
+        "growth": ["cost of a pair, x smallest N"],
+        "threads": ["x faster than one"],
+        "frozen": ["time, x both learn"],
+        "memory": ["allowed MB"],
+    }.get(bench, [])
+
+
+def _comparison(bench: str, row: Row, rows: list[Row]) -> list[str]:
+    if bench == "memory":
+        return [f"{allowed_mb(row):.0f}" if row["contender"] in OWN else "-"]
+    if bench == "growth":
+        first = min(rows, key=lambda r: r["n"])
+        cost = (row["median"] / row["n"] ** 2) / (first["median"] / first["n"] ** 2)
+        return [f"{cost:.3f}"]
+    race = [r for r in rows if all(r[key] == row[key] for key in ("mode", "dtype", "n", "d"))]
+    base = race[0]
+    if bench == "frozen":
+        return [f"{row['median'] / base['median']:.2f}"]
+    faster = f"{base['median'] / row['median']:.2f}"
+    if bench == "threads":
+        return [faster]
+    if bench not in BASELINE:
+        return []
+    if base["contender"] != BASELINE[bench]:
+        return ["-", "-"]
+    weighed = row["peak_mb"] is not None and base["peak_mb"]
+    return [faster, f"{row['peak_mb'] / base['peak_mb']:.2f}" if weighed else "-"]
+
+
+def peaks(rows: list[Row]) -> str:
+    """The peaks as they were in the rounds: median over races, and the spread between them."""
+    heads = ["dtype", "threads", "own tile, GFLOP/s", "torch.mm, GFLOP/s"]
+    body = []
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for row in rows:
+        if "peaks" in row:
+            threads = str(row["contender"]) if row["bench"] == "threads" else "all"
+            groups.setdefault((row["dtype"], threads), []).append(row["peaks"])
+    for (dtype, threads), readings in groups.items():
+        body.append([dtype, threads, *(_spread(readings, n) for n in ("own tile", "torch.mm"))])
+    return table(heads, body)
+
+
+def _spread(readings: list[dict[str, float]], name: str) -> str:
+    found = sorted(r[name] for r in readings if name in r)
+    if not found:
+        return "not available"
+    return f"{median(found):.0f} ({found[0]:.0f} to {found[-1]:.0f})"
+
+
+def worst(rows: list[Row]) -> list[str]:
+    """The lowest rate and the lowest speed-up of mmfast's own rows."""
+    lines = []
+    own = [row for row in rows if row["contender"] in OWN and "percent_of_peak" in row]
+    if own:
+        low = min(own, key=lambda row: row["percent_of_peak"])
+        lines.append(
+            f"Worst rate: {low['percent_of_peak']:.1f} % of peak ({low['bench']}, {low['mode']}, "
+            f"{place(low)}).\n"
+        )
+    speedups = []
+    for row in own:
+        peers = [r for r in rows if all(r[k] == row[k] for k in KEY if k != "contender")]
+        rivals = [r for r in peers if r["contender"] not in OWN]
+        if rivals:
+            best = min(rivals, key=lambda r: r["median"])
+            speedups.append((best["median"] / row["median"], best["contender"], row))
+    if speedups:
+        ratio, name, row = min(speedups, key=lambda s: s[0])
+        lines.append(
+            f"Worst speed-up over the fastest other contender: {ratio:.2f}x over {name} "
+            f"({row['bench']}, {row['mode']}, {place(row)}).\n"
+        )
+    return lines
+
+
+def compare(before: Result, after: Result) -> str:
+    """Rows that two commits share: before, after, and how many times faster."""
+    old = {tuple(row[key] for key in KEY): row for row in before.rows}
+    body = []
+    for row in after.rows:
+        base = old.get(tuple(row[key] for key in KEY))
+        if base is not None:
+            ratio = f"{base['median'] / row['median']:.2f}"
+            share = [_number(r.get("percent_of_peak"), 1) for r in (base, row)]
+            times = [f"{1e3 * r['median']:.4g}" for r in (base, row)]
+            body.append([*(str(row[key]) for key in KEY), *times, ratio, *share])
+    commits = [before.machine["commit"], after.machine["commit"]]
+    heads = [*KEY, *(f"{c} ms" for c in commits), "x faster", *(f"{c} % of peak" for c in commits)]
+    return table(heads, body)
+
+
+def table(heads: list[str], body: list[list[str]]) -> str:
+    """A Markdown table with aligned columns: readable as text, too."""
+    lines = [heads, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    rendered = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rendered.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
+    return "\n".join(rendered) + "\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    from bench import plots
+
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", metavar="FILE")
+    options = parser.parse_args(argv)
+    results = newest(options.results)
+    if not results:
+        parser.error(f"no results in {options.results}: run python -m bench all first")
+    pictures = {
+        f"{r.machine['device']}/{r.op}": [
+            os.path.relpath(path, options.out.parent)
+            for path in plots.draw(r.op, r.machine, r.rows, options.results)
+        ]
+        for r in results
+    }
+    text = render(results, pictures)
+    options.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The lines mmfast has set itself, each judged by its worst row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+OWN = ("cpp", "mmfast")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`met` is None where nothing was measured; `figure` and `where` describe the worst row."""
+
+    claim: str
+    figure: str
+    where: str
+    met: bool | None
+
+
+def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
+    """Every target against the rows of one machine, and its tile's rates against the clock."""
+    rows = list(rows)
+    return [
+        _at_least("op forward, N ≥ 2048: ≥ 90 % of peak", _percent(rows, "fwd"), 90, "%"),
+        _at_least("op fwd+bwd, N ≥ 2048: ≥ 85 % of peak", _percent(rows, "fwd+bwd"), 85, "%"),
+        _tile(tiles),
+        _at_most(
+            "memory of the loss at N=16384: ≤ 6·N·D·4 bytes + 64 MB", _memory(rows), 100, "% of it"
+        ),
+        *(
+            _at_least(f"loss, {dtype}: ≥ {bound}x {peer}", _speedup(rows, dtype, peer), bound, "x")
+            for dtype, peer, bound in (
+                ("float32", "dense", 2.3),
+                ("float32", "torch chunked", 1.9),
+                ("bfloat16", "dense", 2.0),
+                ("bfloat16", "torch chunked", 3.5),
+            )
+        ),
+        _at_least("small batches: never slower than dense", _small(rows), 1, "x"),
+        _at_most(
+            "one tower frozen: three products of four, ≤ 0.80 of the time", _frozen(rows), 0.8, "x"
+        ),
+        _at_least("1 → 2 threads: ≥ 1.9x", _threads(rows), 1.9, "x"),
+        _at_most(
+            "cost of a pair, N from 2048 to 65536: within 10 %", _growth(rows), 1.1, "x", digits=3
+        ),
+    ]
+
+
+# (figure, where it was measured), one per row that a target speaks of
+Figures = list[tuple[float, str]]
+
+
+def _at_least(claim: str, figures: Figures, bound: float, unit: str) -> Verdict:
+    return _verdict(claim, figures, min, lambda x: x >= bound, unit, 2)
+
+
+def _at_most(claim: str, figures: Figures, bound: float, unit: str, digits: int = 2) -> Verdict:
+    return _verdict(claim, figures, max, lambda x: x <= bound, unit, digits)
+
+
+def _verdict(
+    claim: str,
+    figures: Figures,
+    worst: Callable[[Figures], tuple[float, str]],
+    holds: Callable[[float], bool],
+    unit: str,
+    digits: int,
+) -> Verdict:
+    if not figures:
+        return Verdict(claim, "-", "not measured", None)
+    value, where = worst(figures)
+    return Verdict(claim, f"{value:.{digits}f} {unit}", where, holds(value))
+
+
+def _select(rows: list[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def place(row: Row) -> str:
+    """Where a figure was measured, for a reader."""
+    return f"N={row['n']}, D={row['d']}, {row['dtype']}"
+
+
+def _percent(rows: list[Row], mode: str) -> Figures:
+    chosen = _select(rows, bench="rate", mode=mode, contender="cpp")
+    return [
+        (row["percent_of_peak"], place(row))
+        for row in chosen
+        # the peak is the larger of two rates: one of them alone judges nothing
+        if row["n"] >= 2048 and "own tile" in row["peaks"]
+    ]
+
+
+def _tile(tiles: list[dict[str, float]]) -> Verdict:
+    claim = "own float32 tile: ≥ 90 % of 32 flop per cycle and core"
+    for tile in tiles:
+        if tile["percent"] > 105:
+            # more than the core can do: the clock was read while others held the cores
+            figure = f"{tile['percent']:.0f} %"
+            return Verdict(claim, figure, "disturbed: measure again on a quiet machine", None)
+    return _at_least(
+        claim, [(t["percent"], f"at {t['clock_ghz']:.2f} GHz") for t in tiles], 90, "%"
+    )
+
+
+def allowed_mb(row: Row) -> float:
+    return 6 * row["n"] * row["d"] * 4 / 1e6 + 64
+
+
+def _memory(rows: list[Row]) -> Figures:
+    chosen = _select(rows, bench="memory", contender="mmfast", n=16384)
+    return [
+        (100 * row["peak_mb"] / allowed_mb(row), f"{place(row)}: {row['peak_mb']:.0f} MB")
+        for row in chosen
+        if row["peak_mb"] is not None
+    ]
+
+
+def _ratios(rows: list[Row], base: str | int, other: str | int) -> Figures:
+    """Time of `base` over the time of `other`, race by race."""
+    figures = []
+    for row in _select(rows, contender=other):
+        same = {key: row[key] for key in ("bench", "n", "d", "dtype", "mode")}
+        figures += [
+            (b["median"] / row["median"], place(row)) for b in _select(rows, contender=base, **same)
+        ]
+    return figures
+
+
+def _speedup(rows: list[Row], dtype: str, peer: str) -> Figures:
+    return _ratios(_select(rows, bench="loss", dtype=dtype, n=8192), peer, "mmfast")
+
+
+def _small(rows: list[Row]) -> Figures:
+    # at 256 rows the target speaks of float32 only
+    chosen = [
+        row
+        for row in _select(rows, bench="small")
+        if row["n"] >= (256 if row["dtype"] == "float32" else 512)
+    ]
+    return _ratios(chosen, "dense", "mmfast")
+
+
+def _frozen(rows: list[Row]) -> Figures:
+    chosen = _select(rows, bench="frozen", n=8192)
+    return [
+        (1 / ratio, f"{where}, {name}")
+        for name in ("text frozen", "image frozen")
+        for ratio, where in _ratios(chosen, "both towers learn", name)
+    ]
+
+
+def _threads(rows: list[Row]) -> Figures:
+    return _ratios(_select(rows, bench="threads", n=8192), 1, 2)
+
+
+def _growth(rows: list[Row]) -> Figures:
+    chosen = [row for row in _select(rows, bench="growth") if row["n"] >= 2048]
+    if not chosen or max(row["n"] for row in chosen) < 65536:
+        return []
+    costs = {row["n"]: row["median"] / row["n"] ** 2 for row in chosen}
+    low, high = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
+    return [(costs[high] / costs[low], f"N={high} over N={low}, {chosen[0]['dtype']}")]
