@@ -51,12 +51,12 @@ format: $(READY)
 aarch64: $(READY)
 	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	  -DMMFAST_PYTHON=OFF -DMMFAST_TESTS=ON
 	$(BIN)/cmake --build build/aarch64
 	@if command -v qemu-aarch64-static >/dev/null; then \
 	  for t in levels memory sweep pairwise_lse; do \
-	    echo qemu: test_$$t; qemu-aarch64-static build/aarch64/tests/cpp/test_$$t || exit 1; done; \
+	    echo qemu: test_$$t; qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/tests/cpp/test_$$t || exit 1; done; \
 	else echo "compiled; not run: qemu-aarch64-static is not installed"; fi
 
 dist: $(READY)

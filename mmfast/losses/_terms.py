@@ -121,7 +121,8 @@ def check_rows(
             raise TypeError(f"{who}: {name} must be {expected} like {other}, got {dtype}")
         if x.device != y.device:
             raise ValueError(f"{who}: {name} must be on {y.device} like {other}, got {x.device}")
-    return x
+    tensor: Tensor = x
+    return tensor
 
 
 def check_ids(who: str, ids: Any, like: tuple[str, Tensor]) -> None:
