@@ -65,10 +65,9 @@ struct PairArrays {
     pairs = {canonical(q.view()), canonical(k.view()), scale,
              q_ids.view(),        k_ids.view(),        mask.view()};
     const auto& [a, b, s, a_ids, b_ids, m] = pairs;
-    check(a && b, "q and k must be given");
+    check(a.rows > 0 && b.rows > 0 && a.cols > 0, "q and k must be given, and not empty");
     check(a.cols == b.cols, "k must have " + std::to_string(a.cols) + " columns like q, got " +
                                 std::to_string(b.cols));
-    check(a.rows > 0 && b.rows > 0 && a.cols > 0, "q and k must not be empty");
     check(a.col_stride == 1 && b.col_stride == 1, "q and k must have inner stride 1");
     if (a.type != b.type || a.type == Type::i64 || a.type == Type::b8) {
       throw py::type_error("q and k must share one floating type");

@@ -1,0 +1,141 @@
+"""The border of mmfast._C: what memory safety asks of arrays, and which instruction set runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmfast import _dispatch
+from mmfast.testing import cpu_level
+
+pytestmark = pytest.mark.skipif(_dispatch.core_error is not None, reason="no compiled core here")
+core = getattr(_dispatch, "core", None)
+
+
+def forward(**changes):
+    given = {
+        "q": torch.ones(4, 3),
+        "k": torch.ones(5, 3),
+        "scale": 1.0,
+        "q_ids": None,
+        "k_ids": None,
+        "mask": None,
+        "rows": torch.empty(4),
+        "columns": torch.empty(5),
+        "threads": 1,
+    }
+    core.pairwise_lse_forward(**{**given, **changes})
+
+
+def backward(**changes):
+    given = {
+        "g_rows": torch.ones(4),
+        "g_columns": torch.ones(5),
+        "q": torch.ones(4, 3),
+        "k": torch.ones(5, 3),
+        "scale": 1.0,
+        "q_ids": None,
+        "k_ids": None,
+        "mask": None,
+        "rows": torch.ones(4),
+        "columns": torch.ones(5),
+        "dq": torch.empty(4, 3),
+        "dk": torch.empty(5, 3),
+        "need_scale": True,
+        "threads": 1,
+    }
+    return core.pairwise_lse_backward(**{**given, **changes})
+
+
+def test_arguments_that_fit():
+    rows, columns = torch.empty(4), torch.empty(5)
+    forward(rows=rows, columns=columns)
+    assert backward(rows=rows, columns=columns) == pytest.approx(3 * 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.ones(4)}, ValueError, "q must have 2 dimensions, got 1"),
+        ({"q": None}, ValueError, "q and k must be given, and not empty"),
+        ({"k": torch.ones(5, 2)}, ValueError, "k must have 3 columns like q, got 2"),
+        ({"k": torch.ones(0, 3)}, ValueError, "q and k must be given, and not empty"),
+        ({"q": torch.ones(3, 4).T}, ValueError, "q and k must have inner stride 1"),
+        ({"k": torch.ones(5, 3).double()}, TypeError, "q and k must share one floating type"),
+        ({"q": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "q: this element type is not"),
+        ({"q_ids": torch.arange(4)}, ValueError, "q_ids and k_ids must be given together"),
+        (
+            {"q_ids": torch.arange(3), "k_ids": torch.arange(5)},
+            ValueError,
+            "q_ids must have 4 elements, got 3",
+        ),
+        (
+            {"q_ids": torch.arange(4.0), "k_ids": torch.arange(5)},
+            TypeError,
+            "q_ids has the wrong element type",
+        ),
+        ({"mask": torch.ones(5, 4, dtype=torch.bool)}, ValueError, r"mask must be \[N, M\]"),
+        ({"mask": torch.ones(4, 5)}, TypeError, "mask must be bool"),
+        ({"rows": torch.empty(5)}, ValueError, "rows must have 4 elements, got 5"),
+        ({"columns": torch.empty(5).double()}, TypeError, "columns has the wrong element type"),
+        ({"threads": 0}, ValueError, "threads must be at least 1"),
+    ],
+)
+def test_forward_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        forward(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"g_rows": torch.ones(3)}, ValueError, "g_rows must have 4 elements, got 3"),
+        ({"rows": None}, ValueError, "g_rows needs rows"),
+        ({"columns": None}, ValueError, "g_columns needs columns"),
+        ({"dq": torch.empty(4, 2)}, ValueError, r"dq must be \[4, 3\], got \[4, 2\]"),
+        ({"dk": torch.empty(5, 3).double()}, TypeError, "dk has the wrong element type"),
+        ({"dk": torch.empty(5, 6)[:, :3]}, ValueError, "dk must be contiguous"),
+    ],
+)
+def test_backward_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        backward(**changes)
+
+
+def test_rates_are_positive():
+    assert core.clock_ghz(0.01) > 0
+    for dtype in ("float32", "float64", "bfloat16"):
+        assert core.tile_rate(dtype, 0.001, 1) > 0
+    with pytest.raises(ValueError, match="dtype must be float32, float64 or bfloat16, got int8"):
+        core.tile_rate("int8", 0.001, 1)
+
+
+def test_level_in_process():
+    before = core.isa()
+    with cpu_level("generic"):
+        assert core.isa() == "generic"
+    assert core.isa() == before
+    with pytest.raises(ValueError, match="CPU level 'mmx' cannot run here; this machine has gen"):
+        core.set_isa("mmx")
+    with pytest.raises(ValueError, match="CPU level must be named"):
+        core.set_isa("")
+
+
+def level_at_import(name):
+    return subprocess.run(
+        [sys.executable, "-c", "import torch, mmfast._C as C; print(C.isa())"],
+        env={**os.environ, "MMFAST_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_level_from_the_environment():
+    assert level_at_import("generic").stdout.strip() == "generic"
+    assert level_at_import("").stdout.strip() == core.isa_levels()[-1]
+    refused = level_at_import("mmx")
+    assert refused.returncode != 0
+    assert "CPU level 'mmx' cannot run here; this machine has generic" in refused.stderr
