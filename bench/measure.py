@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 QUICK = os.environ.get("MMFAST_BENCH_QUICK") == "1"
-SAMPLE = 0.02  # seconds; a call shorter than this is repeated within one round
+SAMPLE = 0.02 if QUICK else 0.2  # seconds; a call shorter than this is repeated within one round
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 Name = str | int  # of a contender: a backend, a peer, a size, a number of threads

@@ -102,9 +102,9 @@ def _tile(tiles: list[dict[str, float]]) -> Verdict:
             # more than the core can do: the clock was read while others held the cores
             figure = f"{tile['percent']:.0f} %"
             return Verdict(claim, figure, "disturbed: measure again on a quiet machine", None)
-    return _at_least(
-        claim, [(t["percent"], f"at {t['clock_ghz']:.2f} GHz") for t in tiles], 90, "%"
-    )
+    # the best: other work on the machine only ever lowers it
+    best = [max((t["percent"], f"at {t['clock_ghz']:.2f} GHz") for t in tiles)] if tiles else []
+    return _at_least(claim, best, 90, "%")
 
 
 def allowed_mb(row: Row) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ _spec.loader.exec_module(sys.modules["bench"])
 from bench import peers, report, targets  # noqa: E402 (needs the package loaded above)
 from bench.__main__ import main  # noqa: E402
 from bench.measure import (  # noqa: E402
+    SAMPLE,
     Contender,
     Playback,
     Race,
@@ -78,8 +80,8 @@ def test_warm_up_is_not_timed_and_short_calls_are_repeated():
     time = FakeTime()
     race = Race(lambda: {"a": time.contender("a", 0.005, 0.001)}, seconds=0, rounds=(3, 3))
     timings, _ = run_race(race, time)
-    # the first call took 5 ms, and four such calls fill a sample of 20 ms
-    assert time.log == ["a"] * (1 + 3 * 4)
+    # the first call took 5 ms: as many such calls as fill a sample
+    assert time.log == ["a"] * (1 + 3 * math.ceil(SAMPLE / 0.005))
     assert timings["a"].seconds == pytest.approx([0.001] * 3)
 
 
