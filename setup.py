@@ -21,7 +21,7 @@ class CMakeBuild(build_ext):
         asked = os.environ.get("CXX")
         if not any(shutil.which(shlex.split(name)[0]) for name in [asked or "c++", asked or "g++"]):
             sys.exit(
-                f"mmfast: no C++ compiler found ({asked or 'c++'}); install one (g++ >= 10), name"
+                f"mmfast: no C++ compiler found ({asked or 'c++'}); install one (g++ 12, say), name"
                 " it in CXX, or set MMFAST_NO_EXT=1 to install without the compiled core."
             )
         import pybind11

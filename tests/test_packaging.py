@@ -27,7 +27,7 @@ def test_missing_compiler_is_one_sentence(tmp_path):
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
     assert message == (
-        "mmfast: no C++ compiler found (no-such-c++); install one (g++ >= 10), name it in CXX, "
+        "mmfast: no C++ compiler found (no-such-c++); install one (g++ 12, say), name it in CXX, "
         "or set MMFAST_NO_EXT=1 to install without the compiled core."
     )
 

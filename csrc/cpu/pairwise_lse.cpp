@@ -30,8 +30,7 @@ constexpr int kBackwardDegree = P::kPack == 2 ? 3 : 5;
 template <class T>
 struct LogSums {
   Buffer<T> top, sum;
-  long count;
-  explicit LogSums(long n) : top(n + kTileCols<T>), sum(n + kTileCols<T>), count(n) {
+  explicit LogSums(long n) : top(n + kTileCols<T>), sum(n + kTileCols<T>) {
     std::fill_n(static_cast<T*>(top), n + kTileCols<T>, -kInf<T>);
     std::fill_n(static_cast<T*>(sum), n + kTileCols<T>, T{0});
   }
