@@ -6,26 +6,28 @@
 namespace mmfast::MMFAST_LEVEL {
 
 #if defined(__AVX512BF16__)
-// A strip of G rounded to bf16: pairs along its columns, and pairs along its rows.
-inline void place(const float* strip, long count, long j, uint32_t* along_columns,
-                  uint32_t* along_rows, long stride) {
-  constexpr long kCols = kTileCols<float>;
+// A tile of G rounded to bf16: pairs along its columns, and pairs along its rows.
+[[gnu::always_inline]] inline void place(const Sums<float>& s, uint32_t* along_columns,
+                                         uint32_t* along_rows, long stride) {
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
   const __m512i interleave = _mm512_load_si512(order);
-  const auto pair = [](const float* low, const float* high) {
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high), _mm512_loadu_ps(low));
+  const auto pair = [](Vec<float> low, Vec<float> high) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   };
-  for (long i = 0; i < count; ++i) {
-    const float* s = strip + i * kCols;
-    for (long v = 0; v < kCols; v += 32) {
-      _mm512_storeu_si512(along_columns + i * stride + (j + v) / 2, pair(s + v, s + v + 16));
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; v += 2) {
+      _mm512_storeu_si512(along_columns + i * stride + v * 8, pair(s[i][v], s[i][v + 1]));
     }
-    if (i % 2) continue;
-    for (long v = 0; v < kCols; v += 16) {
-      const __m512i both = pair(s + v, s + kCols + v);
-      _mm512_storeu_si512(along_rows + i / 2 * stride + j + v,
-                          _mm512_permutexvar_epi16(interleave, both));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; i += 2) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) {
+      _mm512_storeu_si512(along_rows + i / 2 * stride + v * 16,
+                          _mm512_permutexvar_epi16(interleave, pair(s[i][v], s[i + 1][v])));
     }
   }
 }
@@ -102,7 +104,6 @@ class Gradients {
     k_operand_ = {scores.k_rows, stride};
     storage_ = Buffer<Unit>(run.threads * (kPairs ? 2 : 1) * kTile);
     if constexpr (kPairs) {
-      strips_ = Buffer<T>(run.threads * kStrip);
       if (dk) q_pairs_ = Buffer<Unit>((q.rows + 1) / 2 * stride);
       if (dq) k_pairs_ = Buffer<Unit>((k.rows + 1) / 2 * stride);
       q_operand_.data = q_pairs_;
@@ -122,23 +123,23 @@ class Gradients {
     prepare(k, k_sum_, k_pairs_);
   }
 
-  // Where the strip of G that starts `j` columns into the tile is written, and made from S.
-  Matrix<T> strip(int thread, long j) const {
-    if constexpr (kPairs) return {strips_ + thread * kStrip, kCols};
-    if constexpr (!kPairs) return {storage_ + thread * kTile + j, kStride};
-  }
-
-  // That strip, `count` rows of it, is final.
-  void keep(int thread, long count, long j) const {
+  // A tile of G, `r` rows and `c` columns into the block. Rows behind the last are zero.
+  [[gnu::always_inline]] void put(int thread, long r, long c, const Sums<T>& s) const {
+    Unit* block = storage_ + thread * (kPairs ? 2 : 1) * kTile;
     if constexpr (kPairs) {
-      T* s = strips_ + thread * kStrip;
-      if (count % 2) std::fill_n(s + count * kCols, kCols, T{0});
-      Unit* along_columns = storage_ + thread * 2 * kTile;
-      place(s, round_up(count, 2), j, along_columns, along_columns + kTile, kStride);
+      place(s, block + r * kStride + c / 2, block + kTile + r / 2 * kStride + c, kStride);
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) {
+          store(block + (r + i) * kStride + c + v * kWidth<T>, s[i][v]);
+        }
+      }
     }
   }
 
-  // Adds the tile of `count` rows from i on and `width` columns from j on.
+  // Adds the block of `count` rows from i on and `width` columns from j on.
   void add(int thread, long lane, long i, long count, long j, long width) const {
     const Unit* along_columns = storage_ + thread * (kPairs ? 2 : 1) * kTile;
     const Unit* along_rows = along_columns + (kPairs ? kTile : 0);
@@ -178,13 +179,11 @@ class Gradients {
  private:
   static constexpr long kStride = padded<T>(kBlock + kTileRows);
   static constexpr long kTile = (kBlock + kTileRows) * kStride;
-  static constexpr long kStrip = (kBlock + kTileRows) * kCols;
 
   View q_, k_;
   long groups_;
   Accumulator<T> q_sum_, k_sum_;
   Buffer<Unit> storage_, q_pairs_, k_pairs_;
-  Buffer<T> strips_;
   Matrix<const Unit> q_operand_, k_operand_;
 };
 

@@ -46,27 +46,33 @@ struct Matrix {
   Matrix at(long i, long j) const { return {data + i * stride + j, stride}; }
 };
 
-// C (+)= A B for one tile: A [kTileRows, depth], B [depth, kVectors * width]. A needs no packing:
-// its elements are broadcast one by one, so any stride that spares the cache sets will do.
-template <class P, int kVectors, Stride kStride, bool kAdd>
-inline void tile(long depth, Matrix<const typename P::Unit> a, Matrix<const typename P::Unit> b,
-                 Matrix<typename P::Scalar> c) {
+// A tile of results while it is in registers.
+template <class T, int kVectors = kTileVectors>
+using Sums = Vec<T>[kTileRows][kVectors];
+
+// A B of one tile, A [kTileRows, depth], B [depth, kVectors * width], given to use(sums). A needs
+// no packing: its elements are broadcast one by one, so any stride that spares the cache sets will
+// do. `fetched` is brought near meanwhile, if kFetch.
+template <class P, int kVectors, Stride kStride, bool kFetch, class Use>
+[[gnu::always_inline]] inline void tile_sums(long depth, Matrix<const typename P::Unit> a,
+                                             Matrix<const typename P::Unit> b,
+                                             Matrix<typename P::Scalar> fetched, Use use) {
   using T = typename P::Scalar;
-  Vec<T> sum[kTileRows][kVectors] = {};
+  Sums<T, kVectors> sum = {};
   // three rows a pointer: x86 addresses base + {0, 1, 2} * stride in one operand
   const typename P::Unit* base[(kTileRows + 2) / 3];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; i += 3) base[i / 3] = a.data + i * a.stride;
   // C comes from further away than A and B and is wanted only at the end: a row of it is asked for
   // now and then, not all at once, which would keep the loads of A and B waiting
-  for (long p = 0, stage = 0; stage < (kAdd ? kTileRows : 1); ++stage) {
-    if (kAdd) {
+  for (long p = 0, stage = 0; stage < (kFetch ? kTileRows : 1); ++stage) {
+    if (kFetch) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
-        __builtin_prefetch(c.data + stage * c.stride + j * kWidth<T>, 1);
+        __builtin_prefetch(fetched.data + stage * fetched.stride + j * kWidth<T>, 1);
       }
     }
-    for (const long until = kAdd ? depth * (stage + 1) / kTileRows : depth; p < until; ++p) {
+    for (const long until = kFetch ? depth * (stage + 1) / kTileRows : depth; p < until; ++p) {
       Vec<T> row[kVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) row[j] = load<T>(b.data + j * kWidth<T>);
@@ -80,14 +86,24 @@ inline void tile(long depth, Matrix<const typename P::Unit> a, Matrix<const type
       if (kStride == Stride::depth) a.data += a.stride;
     }
   }
+  use(sum);
+}
+
+// C (+)= A B for one tile.
+template <class P, int kVectors, Stride kStride, bool kAdd>
+inline void tile(long depth, Matrix<const typename P::Unit> a, Matrix<const typename P::Unit> b,
+                 Matrix<typename P::Scalar> c) {
+  using T = typename P::Scalar;
+  tile_sums<P, kVectors, kStride, kAdd>(depth, a, b, c, [&](const Sums<T, kVectors>& sum) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      T* to = c.data + i * c.stride + j * kWidth<T>;
-      store(to, kAdd ? load<T>(to) + sum[i][j] : sum[i][j]);
+      for (int j = 0; j < kVectors; ++j) {
+        T* to = c.data + i * c.stride + j * kWidth<T>;
+        store(to, kAdd ? load<T>(to) + sum[i][j] : sum[i][j]);
+      }
     }
-  }
+  });
 }
 
 // One panel of C, at most kTileCols wide. A ragged last tile goes through a spare one, so that no

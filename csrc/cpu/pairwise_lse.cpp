@@ -16,6 +16,9 @@ constexpr T kInf = std::numeric_limits<T>::infinity();
 // sums below this, relative to the strip's maximum, may have lost terms to underflow
 template <class T>
 constexpr T kFaint = sizeof(T) == 8 ? 0x1p-500 : 0x1p-64;
+// and above this, relative to a guess at it, might in the end overflow
+template <class T>
+constexpr T kLoud = sizeof(T) == 8 ? 0x1p800 : 0x1p96;
 // exponents that may be split into two factors: 2^(x - top) underflows only below 2^-69 (f32)
 template <class T>
 constexpr double kReach = sizeof(T) == 8 ? 400 : 57;
@@ -57,90 +60,166 @@ struct LogSums {
   }
 };
 
-// One strip of scores, `rows` x kTileCols, into the sums of its rows and columns.
-template <class T, int kDegree>
-struct Reduction {
-  static constexpr int kVectors = kTileVectors, kRows = kWidth<T>;
-  const T* s;
-  long rows;
-  T factor;  // scores are factor * s
-  Vec<T> score(long i, int v) const { return load<T>(s + i * kTileCols<T> + v * kRows) * factor; }
+// One strip of scores, at most kBlock x kTileCols, reduced to sums over its rows and its columns.
+template <class P, int kDegree>
+class Strip {
+ public:
+  using T = typename P::Scalar;
+  static constexpr long kRows = kWidth<T>, kCols = kTileCols<T>;
 
-  T largest() const {
-    Vec<T> best[kVectors];
-    for (int v = 0; v < kVectors; ++v) best[v] = broadcast(-kInf<T>);
-    for (long i = 0; i < rows; ++i) {
+  // Sums of 2^(score - top), each tile reduced in the registers it was summed in. `top` is the
+  // largest score of the first tile seen, a guess at that of the strip. False if the guess was so
+  // far off that sums may have lost terms.
+  bool sum(const Scores<P>& scores, const LeftOut<T>& left_out, T factor, long i, long count,
+           long j) {
+    const bool some = left_out.meets(i, count, j);
+    // the last tile first: rows behind the last are no scores, and `top` must not see them
+    const long last = (count - 1) / kTileRows * kTileRows;
+    std::fill_n(columns_, kTileVectors, Vec<T>{});
+    scores.tile(i + last, j, [&](Sums<T>& s) {
+      scale(s, factor);
+      if (some || count % kTileRows) left_out.put(-kInf<T>, s, i + last, count - last, j);
+      Vec<T> best = s[0][0];
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) best[v] = larger<T>(score(i, v), best[v]);
-    }
-    for (int v = 1; v < kVectors; ++v) best[0] = larger<T>(best[v], best[0]);
-    return largest_lane<T>(best[0]);
-  }
-
-  // Sums of 2^(score - top); rows come in whole vectors.
-  void sum(T top, T* row_sums, Vec<T>* column_sums) const {
-    Vec<T> column[kVectors] = {};
-    const Vec<T> f = broadcast(factor), t = broadcast(top);
-    for (long i = 0; i < rows; i += kRows) {
-      Vec<T> row[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        const T* at = s + (i + r) * kTileCols<T>;
-        Vec<T> e[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          e[v] = exp2<kDegree, T>(load<T>(at + v * kRows) * f - t);
-          column[v] += e[v];
-        }
-        row[r] = e[0];
-#pragma GCC unroll 4
-        for (int v = 1; v < kVectors; ++v) row[r] += e[v];
+        for (int v = 0; v < kTileVectors; ++v) best = larger<T>(s[r][v], best);
       }
-      store(row_sums + i, sums_of<T>(row));
+      top_ = largest_lane<T>(best);
+      add(last, s, 1);
+    });
+    if (!std::isfinite(top_)) return false;
+    for (long r = 0; r < last; r += kTileRows) {
+      scores.tile(i + r, j, [&](Sums<T>& s) {
+        if (some) {
+          scale(s, factor);
+          left_out.put(-kInf<T>, s, i + r, kTileRows, j);
+        }
+        add(r, s, some ? 1 : factor);
+      });
     }
-    for (int v = 0; v < kVectors; ++v) column_sums[v] = column[v];
+    return sure(count, std::min(kCols, scores.columns - j));
   }
 
-  // The same with a maximum for every row and every column.
-  void sum_exactly(LogSums<T>& row_state, long i0, LogSums<T>* column_state, long j0) const {
+  void merge(LogSums<T>& rows, long i, long count, LogSums<T>* columns, long j) const {
+    for (long r = 0; r < count; r += kRows) {
+      rows.template add<kDegree>(i + r, broadcast(top_), load<T>(sums_ + r));
+    }
+    for (int v = 0; columns && v < kTileVectors; ++v) {
+      columns->template add<kDegree>(j + v * kRows, broadcast(top_), columns_[v]);
+    }
+  }
+
+  // The same, stored, with a maximum for every row and every column. True if one would have done.
+  bool merge_exactly(const Scores<P>& scores, const LeftOut<T>& left_out, T factor,
+                     LogSums<T>& rows, long i, long count, LogSums<T>* columns, long column,
+                     long j) {
+    const long whole = round_up(count, kRows);
+    scores.strip(i, count, j, {scores_, kCols});
+    for (T* s = scores_; s < scores_ + count * kCols; ++s) *s *= factor;
+    if (left_out.meets(i, count, j)) left_out.put(-kInf<T>, {scores_, kCols}, i, count, j);
+    std::fill(scores_ + count * kCols, scores_ + whole * kCols, -kInf<T>);
+
+    const auto score = [&](long r, int v) { return load<T>(scores_ + r * kCols + v * kRows); };
     const auto power = [](Vec<T> x, Vec<T> top) {
       return exp2<kDegree, T>(select<T>(x == top, Vec<T>{}, x - top));
     };
     // a row of -inf alone: subtract 0, so exp never sees inf - inf
     const auto base = [](Vec<T> top) { return select<T>(top == -kInf<T>, Vec<T>{}, top); };
-    Vec<T> best[kVectors], column[kVectors] = {};
-    for (int v = 0; v < kVectors; ++v) best[v] = broadcast(-kInf<T>);
-    for (long i = 0; i < rows; i += kRows) {
+    Vec<T> best[kTileVectors], sums[kTileVectors] = {};
+    T highest = -kInf<T>, lowest = kInf<T>;
+    for (int v = 0; v < kTileVectors; ++v) best[v] = broadcast(-kInf<T>);
+    for (long r0 = 0; r0 < whole; r0 += kRows) {
       Vec<T> tops = {}, row[kRows];
       for (int r = 0; r < kRows; ++r) {
-        Vec<T> top = score(i + r, 0);
-        top = larger<T>(top, broadcast(-kInf<T>));
-        for (int v = 0; v < kVectors; ++v) {
-          top = larger<T>(score(i + r, v), top);
-          best[v] = larger<T>(score(i + r, v), best[v]);
+        Vec<T> top = broadcast(-kInf<T>);
+        for (int v = 0; v < kTileVectors; ++v) {
+          top = larger<T>(score(r0 + r, v), top);
+          best[v] = larger<T>(score(r0 + r, v), best[v]);
         }
         tops[r] = largest_lane<T>(top);
+        if (r0 + r < count) {
+          highest = std::max(highest, tops[r]);
+          lowest = std::min(lowest, tops[r]);
+        }
         row[r] = Vec<T>{};
-        for (int v = 0; v < kVectors; ++v) {
-          row[r] += power(score(i + r, v), base(broadcast<T>(tops[r])));
+        for (int v = 0; v < kTileVectors; ++v) {
+          row[r] += power(score(r0 + r, v), base(broadcast<T>(tops[r])));
         }
       }
-      row_state.template add<kDegree>(i0 + i, tops, sums_of<T>(row));
+      rows.template add<kDegree>(i + r0, tops, sums_of<T>(row));
     }
-    if (!column_state) return;
-    for (long i = 0; i < rows; ++i) {
-      for (int v = 0; v < kVectors; ++v) column[v] += power(score(i, v), base(best[v]));
+    if (columns) {
+      for (long r = 0; r < count; ++r) {
+        for (int v = 0; v < kTileVectors; ++v) sums[v] += power(score(r, v), base(best[v]));
+      }
+      for (int v = 0; v < kTileVectors; ++v) {
+        columns->template add<kDegree>(column + v * kRows, best[v], sums[v]);
+      }
     }
-    for (int v = 0; v < kVectors; ++v) {
-      column_state->template add<kDegree>(j0 + v * kRows, best[v], column[v]);
+    for (long c = 0; c < std::min(kCols, scores.columns - j); ++c) {
+      lowest = std::min(lowest, best[c / kRows][c % kRows]);
+    }
+    return highest - lowest <= -std::log2(kFaint<T>);
+  }
+
+ private:
+  [[gnu::always_inline]] static void scale(Sums<T>& s, T factor) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) s[r][v] *= factor;
     }
   }
+
+  [[gnu::always_inline]] void add(long at, const Sums<T>& s, T factor) {
+    const Vec<T> f = broadcast(factor), top = broadcast(top_);
+    Vec<T> column[kTileVectors] = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      Vec<T> row = {};
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) {
+        const Vec<T> e = exp2<kDegree, T>(s[r][v] * f - top);
+        row += e;
+        column[v] += e;
+      }
+      rows_[at + r] = row;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) columns_[v] += column[v];
+  }
+
+  // Finishes the sums over rows. Whether all sums are in the range where nothing was lost.
+  bool sure(long count, long columns) {
+    const auto good = [](Vec<T> x) {
+      return (x >= broadcast(kFaint<T>)) & (x <= broadcast(kLoud<T>));
+    };
+    Ints<T> all_good = Ints<T>{} - 1;
+    for (long r = 0; r < count; r += kRows) {
+      // lanes behind the last add up to 1
+      for (long l = count; l < r + kRows; ++l) rows_[l] = broadcast(T{1} / kRows);
+      const Vec<T> sums = sums_of<T>(rows_ + r);
+      store(sums_ + r, sums);
+      all_good &= good(sums);
+    }
+    for (int v = 0; v < kTileVectors; ++v) {
+      Vec<T> sums = columns_[v];
+      for (long l = std::max<long>(0, columns - v * kRows); l < kRows; ++l) sums[l] = 1;
+      all_good &= good(sums);
+    }
+    return all<T>(all_good);
+  }
+
+  T top_;
+  Vec<T> columns_[kTileVectors], rows_[kBlock + kRows + kTileRows];  // added up lane by lane
+  T sums_[kBlock + kRows], scores_[(kBlock + kRows) * kCols];
 };
 
 template <class P>
 void forward(const Pairs& pairs, const View& rows, const View& columns, const Run& run) {
   using T = typename P::Scalar;
-  constexpr long kCols = kTileCols<T>, kRows = kWidth<T>;
-  constexpr int kDegree = kForwardDegree<P>;
+  constexpr long kCols = kTileCols<T>;
   const long N = pairs.q.rows, M = pairs.k.rows;
   const Cut lanes(N), groups(M);
   const Grid grid{lanes.count, groups.count};
@@ -150,43 +229,22 @@ void forward(const Pairs& pairs, const View& rows, const View& columns, const Ru
 
   const long padded_M = round_up(M, kCols);
   LogSums<T> row_state(N), column_state(columns ? grid.teams() * padded_M : 0);
-  const long strip_size = (kBlock + kTileRows) * kCols;
-  Buffer<T> strips(run.threads * strip_size);
+  Buffer<Strip<P, kForwardDegree<P>>> strips(run.threads);
+  // whether one maximum did for the last strip of a lane; it says much of the next one
+  std::vector<char> trust(lanes.count, true);
   sweep(grid, run, [&](long lane, long group, int thread) {
-    T* strip = strips + thread * strip_size;
-    const long team = lane / grid.groups;
+    auto& strip = strips[thread];
+    LogSums<T>* const out = columns ? &column_state : nullptr;
+    const long shift = lane / grid.groups * padded_M;
     for (long i = lanes.begin(lane); i < lanes.end(lane); i += kBlock) {
-      const long count = std::min(kBlock, lanes.end(lane) - i), whole = round_up(count, kRows);
+      const long count = std::min(kBlock, lanes.end(lane) - i);
       for (long j = groups.begin(group); j < groups.end(group); j += kCols) {
-        scores.strip(i, count, j, {strip, kCols});
-        Reduction<T, kDegree> reduction{strip, whole, scale};
-        if (whole != count || left_out.meets(i, count, j)) {
-          for (T* s = strip; s < strip + count * kCols; ++s) *s *= scale;
-          left_out.put(-kInf<T>, {strip, kCols}, i, count, j);
-          std::fill(strip + count * kCols, strip + whole * kCols, -kInf<T>);
-          reduction.factor = 1;
-        }
-        const T top = reduction.largest();
-        T row_sums[kBlock];
-        Vec<T> column_sums[kTileVectors];
-        bool sure = std::isfinite(top);
-        if (sure) {
-          reduction.sum(top, row_sums, column_sums);
-          for (long r = 0; r < count; ++r) sure &= row_sums[r] >= kFaint<T>;
-          for (long c = 0; columns && c < std::min(kCols, M - j); ++c) {
-            sure &= column_sums[c / kRows][c % kRows] >= kFaint<T>;
-          }
-        }
-        const long column = team * padded_M + j;
-        if (!sure) {
-          reduction.sum_exactly(row_state, i, columns ? &column_state : nullptr, column);
-          continue;
-        }
-        for (long r = 0; r < whole; r += kRows) {
-          row_state.template add<kDegree>(i + r, broadcast(top), load<T>(row_sums + r));
-        }
-        for (int v = 0; columns && v < kTileVectors; ++v) {
-          column_state.template add<kDegree>(column + v * kRows, broadcast(top), column_sums[v]);
+        if (trust[lane]) trust[lane] = strip.sum(scores, left_out, scale, i, count, j);
+        if (trust[lane]) {
+          strip.merge(row_state, i, count, out, shift + j);
+        } else {
+          trust[lane] =
+              strip.merge_exactly(scores, left_out, scale, row_state, i, count, out, shift + j, j);
         }
       }
     }
@@ -271,40 +329,44 @@ struct Backward {
     split(columns, j, width, f.b);
   }
 
-  // Scores of a strip -> their share of the gradient, in place; times the score itself for that of
-  // the scale alone.
+  // The tile of scores whose first row is row `r` of a block's rows from i on, and whose columns
+  // start `c` behind j -> its share of the gradient, times the scores themselves if asked.
   template <bool kTimesScore>
-  void gradient(Matrix<T> s, long i, long count, long j, long in_block, const Factors& f) const {
-    const T *a = f.a, *b = f.b + in_block;
-    const bool has_rows = rows.there, has_columns = columns.there;
+  [[gnu::always_inline]] void gradient(Sums<T>& s, long i, long r, long j, long c,
+                                       const Factors& f) const {
     const Vec<T> by = broadcast(scale), top = broadcast(f.top);
-    for (long r = 0; r < count; ++r) {
-      T* at = s.data + r * s.stride;
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) {
-        const Vec<T> dot = load<T>(at + v * kRows), x = dot * by, bv = load<T>(b + v * kRows);
+    for (int v = 0; v < kTileVectors; ++v) {
+      const Vec<T> b = load<T>(f.b + c + v * kRows);
+#pragma GCC unroll 8
+      for (int u = 0; u < kTileRows; ++u) {
+        const Vec<T> dot = s[u][v];
+        const T a = f.a[r + u];
         Vec<T> g = {};
         if (f.split) {
-          g = exp2<kDegree, T>(dot * by - top) * (bv + a[r]);
+          g = exp2<kDegree, T>(dot * by - top) * (b + a);
         } else {
-          if (has_rows) g += rows.weight[i + r] * exp2<kDegree, T>(x - a[r]);
-          if (has_columns) {
-            g += load<T>(columns.weight + j + v * kRows) * exp2<kDegree, T>(x - bv);
+          if (rows.there) g += rows.weight[i + r + u] * exp2<kDegree, T>(dot * by - a);
+          if (columns.there) {
+            g += load<T>(columns.weight + j + c + v * kRows) * exp2<kDegree, T>(dot * by - b);
           }
         }
-        store(at + v * kRows, kTimesScore ? g * dot : g);
+        s[u][v] = kTimesScore ? g * dot : g;
       }
     }
-    if (left_out.meets(i, count, j)) left_out.put(0, s, i, count, j);
   }
 };
 
 template <class T>
-double total(Matrix<T> strip, long rows) {
-  double sum = 0;
-  for (long r = 0; r < rows; ++r) {
-    for (long c = 0; c < kTileCols<T>; ++c) sum += strip.at(r, c).data[0];
+[[gnu::always_inline]] inline double total(const Sums<T>& s) {
+  Vec<T> all = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) all += s[r][v];
   }
+  double sum = 0;
+  for (int l = 0; l < kWidth<T>; ++l) sum += all[l];
   return sum;
 }
 
@@ -331,14 +393,22 @@ double backward(const Pairs& pairs, const View& g_rows, const View& g_columns, c
         const long width = std::min(kBlock, groups.end(group) - j0);
         pass.weigh(i, count, j0, width, f);
         for (long j = j0; j < j0 + width; j += kCols) {
-          const Matrix<T> strip = gradients.strip(thread, j - j0);
-          scores.strip(i, count, j, strip);
-          if (only_scale) {
-            pass.template gradient<true>(strip, i, count, j, j - j0, f);
-            scale_sums[lane] += total(strip, count);
-          } else {
-            pass.template gradient<false>(strip, i, count, j, j - j0, f);
-            gradients.keep(thread, count, j - j0);
+          const bool some = pass.left_out.meets(i, count, j);
+          for (long r = 0; r < count; r += kTileRows) {
+            const long high = std::min<long>(kTileRows, count - r);
+            scores.tile(i + r, j, [&](Sums<T>& s) {
+              if (only_scale) {
+                pass.template gradient<true>(s, i, r, j0, j - j0, f);
+              } else {
+                pass.template gradient<false>(s, i, r, j0, j - j0, f);
+              }
+              if (some || high < kTileRows) pass.left_out.put(0, s, i + r, high, j);
+              if (only_scale) {
+                scale_sums[lane] += total<T>(s);
+              } else {
+                gradients.put(thread, r, j - j0, s);
+              }
+            });
           }
         }
         gradients.add(thread, lane, i, count, j0, width);

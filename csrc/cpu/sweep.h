@@ -91,6 +91,25 @@ class LeftOut {
     }
   }
 
+  // The same in a tile of `rows` rows; the rows behind them are left out too. Through memory: one
+  // variable index would keep the tile there while it is summed.
+  [[gnu::always_inline]] void put(T value, Sums<T>& s, long i, long rows, long j) const {
+    alignas(kVectorBytes) T stored[kTileRows * kTileCols<T>];
+    const auto each = [&](auto body) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) {
+          body(s[r][v], stored + r * kTileCols<T> + v * kWidth<T>);
+        }
+      }
+    };
+    each([](Vec<T> x, T* to) { store(to, x); });
+    put(value, Matrix<T>{stored, kTileCols<T>}, i, rows, j);
+    std::fill(stored + rows * kTileCols<T>, stored + kTileRows * kTileCols<T>, value);
+    each([](Vec<T>& x, const T* from) { x = load<T>(from); });
+  }
+
  private:
   static std::pair<Int, Int> range(const Int* ids, long count) {
     Int low = ids[0], high = ids[0];
@@ -114,10 +133,12 @@ struct Scores {
   static constexpr long kCols = kTileCols<T>;
 
   Shape<P> shape;
+  long columns;
   Buffer<Unit> rows, panels, k_rows;
 
   Scores(const View& q, const View& k, bool keep_k, const Run& run)
       : shape(q.cols),
+        columns(k.rows),
         rows((q.rows + kTileRows) * shape.stride),
         panels(round_up(k.rows, kCols) * shape.units) {
     if (keep_k) k_rows = Buffer<Unit>(k.rows * shape.stride);
@@ -146,12 +167,19 @@ struct Scores {
   Unit* row(long i) const { return rows + i * shape.stride; }
   Unit* panel(long j) const { return panels + j * shape.units; }
 
-  // <q_i, k_j> for `count` rows from i on and kCols columns from j on. Writes rows rounded up to
-  // whole tiles.
+  // use(sums) with <q_i, k_j> for kTileRows rows from i on and kCols columns from j on.
+  template <class Use>
+  [[gnu::always_inline]] void tile(long i, long j, Use use) const {
+    tile_sums<P, kTileVectors, Stride::rows, false>(shape.units, {row(i), shape.stride},
+                                                    {panel(j), kCols}, {}, use);
+  }
+
+  // The same for `count` rows, written as whole tiles.
   void strip(long i, long count, long j, Matrix<T> s) const {
     const Matrix<const Unit> a{row(i), shape.stride}, b{panel(j), kCols};
     for (long r = 0; r < count; r += kTileRows) {
-      tile<P, kTileVectors, Stride::rows, false>(shape.units, a.at(r, 0), b, s.at(r, 0));
+      MMFAST_LEVEL::tile<P, kTileVectors, Stride::rows, false>(shape.units, a.at(r, 0), b,
+                                                               s.at(r, 0));
     }
   }
 };

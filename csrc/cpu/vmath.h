@@ -58,15 +58,15 @@ struct Exp2Poly<11> {
                                  4.4352809446103356854e-10};
 };
 
-// 2^x: 0 below the smallest normal number (roughly: within a factor of 2), so also for -inf. f64
-// takes degree 11 whatever is asked. x > 127 (f64: 1023) is the caller's to avoid.
+// 2^x: 0 below the smallest normal number (roughly: within a factor of 2), so also for -inf; no
+// less than the largest number, or NaN, from 2^128 on (f64: 2^1024). f64 takes degree 11 always.
 template <int kDegree, class T>
 inline Vec<T> exp2(Vec<T> x) {
   using Poly = Exp2Poly<sizeof(T) == 8 ? 11 : kDegree>;
   constexpr int kLast = sizeof(Poly::c) / sizeof(double) - 1;
   constexpr T kLowest = sizeof(T) == 8 ? -1022 : -126;
   // clamped on both sides of the polynomial: -inf - -inf would be NaN
-  const Vec<T> bounded = larger<T>(broadcast<T>(kLowest - 64), x);
+  Vec<T> bounded = larger<T>(broadcast<T>(kLowest - 64), x);
 #if defined(__AVX512F__)
   Vec<T> n;
   if constexpr (sizeof(T) == 4) n = (Vec<T>)_mm512_roundscale_ps((__m512)bounded, 0);
@@ -74,6 +74,9 @@ inline Vec<T> exp2(Vec<T> x) {
 #else
   // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
   constexpr T kMagic = sizeof(T) == 8 ? 6755399441055744.0 : 12582912.0;
+  // an exponent too large would wrap in the sum of bits below
+  constexpr T kHighest = 2 - kLowest;
+  bounded = select<T>(bounded < kHighest, bounded, broadcast(kHighest));
   const Vec<T> shifted = bounded + kMagic;
   const Vec<T> n = shifted - kMagic;
 #endif

@@ -25,6 +25,10 @@ void check_exp2(double tolerance) {
   for (const T x : {-inf, T(lowest * 30)}) {
     CHECK((exp2<kDegree, T>(broadcast(x))[kWidth<T> - 1] == 0), "2^%g", double(x));
   }
+  for (const T x : {T(2 - lowest), T(3.7) - lowest * 3, -lowest * 1000}) {
+    const T y = exp2<kDegree, T>(broadcast(x))[1];
+    CHECK(!(y < std::numeric_limits<T>::max() * T(0.999)), "2^%g = %g", double(x), double(y));
+  }
   // NaN stays in its lane
   Vec<T> mixed = broadcast(T(1));
   mixed[0] = nan;
