@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
-CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
+CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 
-.PHONY: demo test test-python test-cpp test-slow bench lint format aarch64 dist clean
+.PHONY: demo test test-python test-cpp test-slow bench bench-gpu codegen lint format aarch64 dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/emoji/train.py
@@ -36,6 +36,14 @@ bench: $(READY)
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench.report
 
+# checks and times the GPU kernels; needs a CUDA card
+bench-gpu: $(READY)
+	$(BIN)/python -m bench gpu --out bench/results
+
+# compiles every GPU kernel for three architectures and writes bench/CODEGEN.md; needs no card
+codegen: $(READY)
+	$(BIN)/python -m bench.codegen
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,7 +63,7 @@ aarch64: $(READY)
 	  -DMMFAST_PYTHON=OFF -DMMFAST_TESTS=ON
 	$(BIN)/cmake --build build/aarch64
 	@if command -v qemu-aarch64-static >/dev/null; then \
-	  for t in levels memory sweep pairwise_lse; do \
+	  for t in levels memory sweep pairwise_lse slerp; do \
 	    echo qemu: test_$$t; qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/tests/cpp/test_$$t || exit 1; done; \
 	else echo "compiled; not run: qemu-aarch64-static is not installed"; fi
 

@@ -1,4 +1,7 @@
-"""`python -m bench pairwise_lse|clip|all [--quick] [--out DIR] [--base REV]`."""
+"""`python -m bench pairwise_lse|clip|all [--quick] [--out DIR] [--base REV]`.
+
+`python -m bench gpu [--smoke] [--out DIR] [--seconds S]` checks and times the kernels for a card.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,13 @@ OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpu"]:
+        return gpu(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Time mmfast against the losses people use."
     )
-    parser.add_argument("op", choices=[*OPS, "all"])
+    parser.add_argument("op", choices=[*OPS, "all", "gpu"], help="gpu has options of its own")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: a sanity check")
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR")
     parser.add_argument(
@@ -56,6 +62,13 @@ def main(argv: list[str] | None = None) -> int:
             print(report.compare(report.load(before), report.load(after)))
             print("Peers did not change: where their rows moved, the machine did.")
     return 0
+
+
+def gpu(argv: list[str]) -> int:
+    """Run bench.gpu in a process of its own: what is imported sees the interpreter or does not."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if "--smoke" in argv else "0"}
+    command = [sys.executable, "-m", "bench.gpu", *argv]
+    return subprocess.run(command, env=environment).returncode
 
 
 def measure(op: str, out: Path, quick: bool) -> Path:

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,52 @@ def facts() -> dict[str, Any]:
         # of the minute before: anything but a small number says that others were at work
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def card_facts() -> dict[str, Any]:
+    """The CUDA card in use, its capability, memory, driver and clocks, beside the versions."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        **facts(),
+        "host": device_name(),
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "triton": triton_version(),
+        "float32_products": torch.get_float32_matmul_precision(),
+        **_nvidia_smi("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit"),
+    }
+
+
+def card_clocks() -> dict[str, str]:
+    """Clocks, power and temperature at this moment; empty without nvidia-smi."""
+    return _nvidia_smi("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _nvidia_smi(*keys: str) -> dict[str, str]:
+    # torch knows the card by its UUID, whatever CUDA_VISIBLE_DEVICES has made of the numbers
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    command = [
+        "nvidia-smi",
+        f"--id={uuid}",
+        f"--query-gpu={','.join(keys)}",
+        "--format=csv,noheader",
+    ]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+    return dict(zip(keys, values, strict=True))
 
 
 def probe(dtype: str, threads: int) -> Rates:

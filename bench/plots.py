@@ -16,7 +16,8 @@ from bench.machine import slug
 from bench.targets import OWN, Row
 
 # Okabe and Ito: told apart with any colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+THICK = (*OWN, "cuda", "triton")
 QUANTITIES = {"median": ("time", "ms", 1e3), "peak_mb": ("memory", "MB", 1.0)}
 
 
@@ -27,14 +28,15 @@ def draw(op: str, machine: dict[str, Any], rows: list[Row], folder: Path) -> lis
         return []
     width = max(row["d"] for row in chosen if row["bench"] != "small")
     chosen = [row for row in chosen if row["d"] == width]
-    return [_picture(op, machine, chosen, key, folder) for key in QUANTITIES]
+    measured = [key for key in QUANTITIES if any(row[key] for row in chosen)]
+    return [_picture(op, machine, chosen, key, folder) for key in measured]
 
 
 def _picture(op: str, machine: dict[str, Any], rows: list[Row], key: str, folder: Path) -> Path:
     name, unit, factor = QUANTITIES[key]
     dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
     # own lines first, so that mmfast has the same colour in every picture
-    contenders = sorted({row["contender"] for row in rows}, key=lambda c: (c not in OWN, c))
+    contenders = sorted({row["contender"] for row in rows}, key=lambda c: (c not in THICK, c))
     figure, axes = plt.subplots(
         1,
         len(dtypes),
@@ -52,7 +54,7 @@ def _picture(op: str, machine: dict[str, Any], rows: list[Row], key: str, folder
                 if row["dtype"] == dtype and row["contender"] == contender and row[key]
             )
             if points:
-                own = contender in OWN
+                own = contender in THICK
                 axis.plot(
                     *zip(*points, strict=True),
                     marker="o",

@@ -15,7 +15,7 @@ from bench.targets import OWN, Row, Verdict, allowed_mb, judge, place
 HERE = Path(__file__).resolve().parent
 KEY = ("bench", "contender", "mode", "dtype", "n", "d")
 # what the last columns of a bench compare: with the baseline of the same race, unless said
-BASELINE = {"rate": "eager", "loss": "dense", "small": "dense"}
+BASELINE = {"rate": "eager", "loss": "dense", "small": "dense", "mix": "formula"}
 TITLES = {
     "rate": "pairwise_lse, rows and columns, by backend",
     "growth": "pairwise_lse as N grows",
@@ -24,6 +24,8 @@ TITLES = {
     "small": "clip_loss at small batches",
     "frozen": "clip_loss with a frozen tower",
     "memory": "memory of one cold call in a fresh process",
+    "bandwidth": "slerp into memory that is there, and a copy of as many bytes",
+    "mix": "slerp and the published formula",
 }
 HEADER = """# Results
 
@@ -62,7 +64,9 @@ def load(path: Path) -> Result:
 
 def newest(folder: Path) -> list[Result]:
     """The newest result of each (device, op); a quick run only where there is no other."""
-    results = [load(path) for path in sorted(folder.glob("*.json"))]
+    # what `bench gpu` writes has its own report beside it
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("gpu-")]
+    results = [load(path) for path in paths]
     results.sort(key=lambda r: (not r.machine["quick"], r.when))
     latest = {(r.machine["device"], r.op): r for r in results}
     return [latest[key] for key in sorted(latest)]
@@ -146,6 +150,7 @@ def _compared(bench: str) -> list[str]:
         "threads": ["x faster than one"],
         "frozen": ["time, x both learn"],
         "memory": ["allowed MB"],
+        "bandwidth": ["GB/s", "% of copy"],
     }.get(bench, [])
 
 
@@ -163,6 +168,8 @@ def _comparison(bench: str, row: Row, rows: list[Row]) -> list[str]:
     faster = f"{base['median'] / row['median']:.2f}"
     if bench == "threads":
         return [faster]
+    if bench == "bandwidth":
+        return [_number(row.get("gb_per_s"), 1), f"{100 * base['median'] / row['median']:.0f}"]
     if bench not in BASELINE:
         return []
     if base["contender"] != BASELINE[bench]:

@@ -47,6 +47,8 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
         _at_most(
             "cost of a pair, N from 2048 to 65536: within 10 %", _growth(rows), 1.1, "x", digits=3
         ),
+        _at_least("slerp: ≥ 80 % of the bandwidth of a copy", _bandwidth(rows), 80, "%"),
+        _at_least("slerp: ≥ 4x the published formula", _mix(rows), 4, "x"),
     ]
 
 
@@ -156,6 +158,15 @@ def _frozen(rows: list[Row]) -> Figures:
 
 def _threads(rows: list[Row]) -> Figures:
     return _ratios(_select(rows, bench="threads", n=8192), 1, 2)
+
+
+def _bandwidth(rows: list[Row]) -> Figures:
+    ratios = _ratios(_select(rows, bench="bandwidth", mode="fwd"), "copy", "cpp")
+    return [(100 * ratio, where) for ratio, where in ratios]
+
+
+def _mix(rows: list[Row]) -> Figures:
+    return _ratios(_select(rows, bench="mix"), "formula", "cpp")
 
 
 def _growth(rows: list[Row]) -> Figures:

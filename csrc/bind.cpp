@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <initializer_list>
 #include <map>
+#include <string_view>
 
+#include "cuda/ops.h"
 #include "dlpack.h"
 #include "levels.h"
 #include "ops.h"
@@ -16,6 +19,8 @@ using mmfast::Run;
 using mmfast::Type;
 using mmfast::View;
 using mmfast::dlpack::Array;
+using mmfast::dlpack::kCpu;
+using mmfast::dlpack::kCuda;
 
 namespace {
 
@@ -132,6 +137,127 @@ double backward(py::handle g_rows, py::handle g_columns, py::handle q, py::handl
   });
 }
 
+void check_one_device(std::initializer_list<const Array*> arrays) {
+  int device = -1;
+  for (const Array* x : arrays) {
+    if (!x->view()) continue;
+    check(device < 0 || device == x->device_id(), "all arrays must be on one device");
+    device = x->device_id();
+  }
+}
+
+// The arrays both directions of slerp are given.
+struct MixArrays {
+  Array a, b, lam;
+  View a_view, b_view, lam_view;
+
+  MixArrays(py::handle a_, py::handle b_, py::handle lam_, int32_t device = kCpu)
+      : a(a_, "a", 2, device), b(b_, "b", 2, device), lam(lam_, "lam", 1, device) {
+    a_view = canonical(a.view()), b_view = canonical(b.view()), lam_view = lam.view();
+    check(a_view.rows > 0 && a_view.cols > 0, "a must be given, and not empty");
+    check(b_view && lam_view, "b and lam must be given");
+    if (a_view.type == Type::i64 || a_view.type == Type::b8) {
+      throw py::type_error("a must be of a floating type");
+    }
+    check_rows(a_view, "a", false);
+    check_rows(b_view, "b", false);
+    if (lam_view.rows == 1) lam_view.rows = a_view.rows, lam_view.row_stride = 0;
+    check_vector(lam_view, "lam", a_view.rows, wide(a_view.type));
+  }
+  void check_rows(const View& x, const char* name, bool contiguous) const {
+    check_matrix(x, name, a_view, contiguous);
+    check(!x || x.col_stride == 1, std::string(name) + " must have inner stride 1");
+  }
+};
+
+struct MixForward : MixArrays {
+  Array out;
+  View out_view;
+
+  MixForward(py::handle a_, py::handle b_, py::handle lam_, py::handle out_, int32_t device)
+      : MixArrays(a_, b_, lam_, device), out(out_, "out", 2, device) {
+    out_view = canonical(out.view());
+    check(bool(out_view), "out must be given");
+    check_rows(out_view, "out", true);
+    check_one_device({&a, &b, &lam, &out});
+  }
+};
+
+struct MixBackward : MixArrays {
+  Array g, da, db, dlam;
+  View g_view, da_view, db_view, dlam_view;
+
+  MixBackward(py::handle g_, py::handle a_, py::handle b_, py::handle lam_, py::handle da_,
+              py::handle db_, py::handle dlam_, int32_t device)
+      : MixArrays(a_, b_, lam_, device),
+        g(g_, "g", 2, device),
+        da(da_, "da", 2, device),
+        db(db_, "db", 2, device),
+        dlam(dlam_, "dlam", 1, device) {
+    g_view = canonical(g.view()), da_view = canonical(da.view()), db_view = canonical(db.view());
+    dlam_view = dlam.view();
+    check(bool(g_view), "g must be given");
+    check_rows(g_view, "g", false);
+    check_rows(da_view, "da", true);
+    check_rows(db_view, "db", true);
+    check_vector(dlam_view, "dlam", a_view.rows, wide(a_view.type));
+    check_one_device({&g, &a, &b, &lam, &da, &db, &dlam});
+  }
+};
+
+void slerp_forward(py::handle a, py::handle b, py::handle lam, py::handle out, int threads) {
+  const MixForward in(a, b, lam, out, kCpu);
+  released(threads, [&](const Run& run) {
+    mmfast::slerp_forward(in.a_view, in.b_view, in.lam_view, in.out_view, run);
+  });
+}
+
+void slerp_backward(py::handle g, py::handle a, py::handle b, py::handle lam, py::handle da,
+                    py::handle db, py::handle dlam, int threads) {
+  const MixBackward in(g, a, b, lam, da, db, dlam, kCpu);
+  released(threads, [&](const Run& run) {
+    mmfast::slerp_backward(in.g_view, in.a_view, in.b_view, in.lam_view, in.da_view, in.db_view,
+                           in.dlam_view, run);
+  });
+}
+
+// "no", or by which CUDA and for which cards
+constexpr std::string_view kCudaBuild = MMFAST_CUDA_BUILD;
+
+// body(), which queues work on the arrays' card and waits for none of it, without the GIL. Where
+// there is no CUDA, `body` names functions that do not exist: it must stay a template.
+template <class Arrays, class... Handles, class Body>
+void on_card(uintptr_t stream, Body body, Handles... handles) {
+  if constexpr (kCudaBuild == "no") {
+    throw std::runtime_error("this build of mmfast._C has no CUDA");
+  } else {
+    const Arrays in(handles..., kCuda);
+    py::gil_scoped_release release;
+    body(in, mmfast::cuda::Queue{in.a.device_id(), reinterpret_cast<void*>(stream)});
+  }
+}
+
+void slerp_cuda_forward(py::handle a, py::handle b, py::handle lam, py::handle out,
+                        uintptr_t stream) {
+  on_card<MixForward>(
+      stream,
+      [](const auto& in, mmfast::cuda::Queue queue) {
+        mmfast::cuda::slerp_forward(in.a_view, in.b_view, in.lam_view, in.out_view, queue);
+      },
+      a, b, lam, out);
+}
+
+void slerp_cuda_backward(py::handle g, py::handle a, py::handle b, py::handle lam, py::handle da,
+                         py::handle db, py::handle dlam, uintptr_t stream) {
+  on_card<MixBackward>(
+      stream,
+      [](const auto& in, mmfast::cuda::Queue queue) {
+        mmfast::cuda::slerp_backward(in.g_view, in.a_view, in.b_view, in.lam_view, in.da_view,
+                                     in.db_view, in.dlam_view, queue);
+      },
+      g, a, b, lam, da, db, dlam);
+}
+
 double tile_rate(const std::string& type, double seconds, int threads) {
   const std::map<std::string, Type> types = {
       {"float32", Type::f32}, {"float64", Type::f64}, {"bfloat16", Type::bf16}};
@@ -156,7 +282,7 @@ double clock_ghz(double seconds) {
 }
 
 std::map<std::string, std::string> build_info() {
-  return {{"compiler", MMFAST_COMPILER}, {"version", MMFAST_VERSION}, {"cuda", "no"}};
+  return {{"compiler", MMFAST_COMPILER}, {"version", MMFAST_VERSION}, {"cuda", MMFAST_CUDA_BUILD}};
 }
 
 }  // namespace
@@ -183,4 +309,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("k"), py::arg("scale"), py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"),
         py::arg("rows"), py::arg("columns"), py::arg("dq"), py::arg("dk"), py::arg("need_scale"),
         py::arg("threads"));
+  m.def("slerp_forward", &slerp_forward, py::arg("a"), py::arg("b"), py::arg("lam"), py::arg("out"),
+        py::arg("threads"));
+  m.def("slerp_backward", &slerp_backward, py::arg("g"), py::arg("a"), py::arg("b"), py::arg("lam"),
+        py::arg("da"), py::arg("db"), py::arg("dlam"), py::arg("threads"));
+  m.def("slerp_cuda_forward", &slerp_cuda_forward, py::arg("a"), py::arg("b"), py::arg("lam"),
+        py::arg("out"), py::arg("stream"));
+  m.def("slerp_cuda_backward", &slerp_cuda_backward, py::arg("g"), py::arg("a"), py::arg("b"),
+        py::arg("lam"), py::arg("da"), py::arg("db"), py::arg("dlam"), py::arg("stream"));
 }

@@ -32,7 +32,7 @@ struct Managed {
   void (*deleter)(Managed*);
 };
 
-enum : int32_t { kCpu = 1 };
+enum : int32_t { kCpu = 1, kCuda = 2 };
 enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 inline Type type_of(DataType t, const std::string& name) {
@@ -50,15 +50,25 @@ inline Type type_of(DataType t, const std::string& name) {
 // Keeps an exported array alive, and its memory in view, until it goes out of scope.
 class Array {
  public:
-  Array(const pybind11::handle& object, const char* name, int dims) {
+  Array(const pybind11::handle& object, const char* name, int dims, int32_t device = kCpu) {
     if (object.is_none()) return;
     namespace py = pybind11;
-    capsule_ = object.attr("__dlpack__")();
+    const std::string label = name;
+    const std::string misplaced =
+        label + (device == kCpu ? " must be on the CPU" : " must be on a CUDA device");
+    if (device == kCpu) {
+      capsule_ = object.attr("__dlpack__")();
+    } else {
+      // asked first: only an array on a card may be told of a stream; -1 waits for none
+      const py::tuple where = object.attr("__dlpack_device__")();
+      if (where[0].cast<int>() != device) throw py::value_error(misplaced);
+      capsule_ = object.attr("__dlpack__")(py::arg("stream") = -1);
+    }
     auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
     if (!managed) throw py::error_already_set();
     const Tensor& t = managed->tensor;
-    const std::string label = name;
-    if (t.device.type != kCpu) throw py::value_error(label + " must be on the CPU");
+    if (t.device.type != device) throw py::value_error(misplaced);
+    device_id_ = t.device.id;
     if (t.ndim != dims) {
       throw py::value_error(label + " must have " + std::to_string(dims) + " dimensions, got " +
                             std::to_string(t.ndim));
@@ -71,10 +81,12 @@ class Array {
     view_.col_stride = dims == 2 ? (t.strides ? t.strides[1] : 1) : 1;
   }
   const View& view() const { return view_; }
+  int device_id() const { return device_id_; }
 
  private:
   pybind11::object capsule_;  // not renamed, so its own destructor frees what it holds
   View view_;
+  int device_id_ = 0;
 };
 
 }  // namespace mmfast::dlpack

@@ -34,6 +34,15 @@ void pairwise_lse_forward(const Pairs&, View rows, View columns, const Run&);
 double pairwise_lse_backward(const Pairs&, View g_rows, View g_columns, View rows, View columns,
                              View dq, View dk, bool need_scale, const Run&);
 
+// out = k1 a + k2 b by rows, the weights by slerp.h from <a_i, b_i> and lam_i: a, b and out [N, D]
+// of one floating type, inner stride 1; lam [N] in the type of the arithmetic (f64 for f64 inputs,
+// f32 for the others), where a stride of 0 is one value for all rows.
+void slerp_forward(View a, View b, View lam, View out, const Run&);
+
+// Gradients for the upstream g [N, D] into da, db [N, D] and, by rows, dlam [N] (type of lam); an
+// empty view is not asked for.
+void slerp_backward(View g, View a, View b, View lam, View da, View db, View dlam, const Run&);
+
 // GFLOP/s of the register tile on operands that stay in cache.
 double tile_rate(Type, double seconds, int threads);
 

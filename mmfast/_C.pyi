@@ -15,7 +15,7 @@ def set_isa(level: str) -> None:
     """Use `level` from now on; ValueError if this machine lacks it."""
 
 def build_info() -> dict[str, str]:
-    """How the core was built: compiler, version, cuda."""
+    """How the core was built: compiler, version, cuda ("no", or its version and its cards)."""
 
 def tile_rate(dtype: str, seconds: float, threads: int) -> float:
     """GFLOP/s of the register tile on data in cache, for "float32", "float64" or "bfloat16"."""
@@ -53,3 +53,36 @@ def pairwise_lse_backward(
     threads: int,
 ) -> float:
     """Write dq and dk, each unless None, and return d/dscale (0.0 if not asked for)."""
+
+def slerp_forward(a: Tensor, b: Tensor, lam: Tensor, out: Tensor, threads: int) -> None:
+    """Write out [N, D], the mix of the rows of a and b [N, D]; lam is [N], or [1] for all rows."""
+
+def slerp_backward(
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lam: Tensor,
+    da: Tensor | None,
+    db: Tensor | None,
+    dlam: Tensor | None,
+    threads: int,
+) -> None:
+    """Write da, db [N, D] and dlam [N], each unless None, for the upstream gradient g [N, D]."""
+
+def slerp_cuda_forward(a: Tensor, b: Tensor, lam: Tensor, out: Tensor, stream: int) -> None:
+    """`slerp_forward` on the card that holds the arrays, queued on `stream` (a cudaStream_t).
+
+    RuntimeError if this build has no CUDA or the kernel cannot be launched.
+    """
+
+def slerp_cuda_backward(
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lam: Tensor,
+    da: Tensor | None,
+    db: Tensor | None,
+    dlam: Tensor | None,
+    stream: int,
+) -> None:
+    """`slerp_backward` on the card, as `slerp_cuda_forward` does it."""

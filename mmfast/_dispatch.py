@@ -4,8 +4,11 @@ An op lists its backends, fastest first, in a table. The public function calls `
 hands the name down as a string; nothing below looks at devices or at the environment again.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +28,10 @@ except ModuleNotFoundError as error:
         "and without MMFAST_NO_EXT"
     )
 
+# without a card Triton's kernels run on CPU tensors in its interpreter, slowly: for tests
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = find_spec("triton") is not None
+
 _library: Any = torch.library.Library("mmfast", "DEF")  # type: ignore[no-untyped-call]
 _warned: set[str] = set()
 
@@ -35,11 +42,13 @@ class Backend(NamedTuple):
     devices: the device types it is written for; empty means any.
     why_not: given the op's tensors, None if it can run and otherwise the reason, as a clause
         that reads well after "because".
+    evidence: what stands behind it, as `mmfast info` says it.
     """
 
     name: str
     devices: tuple[str, ...]
     why_not: Callable[..., str | None]
+    evidence: str
 
     def refusal(self, *inputs: Tensor) -> str | None:
         """None if this backend can take `inputs`, otherwise the reason it cannot."""
@@ -54,9 +63,55 @@ def cpp_missing(*inputs: Tensor) -> str | None:
     return core_error
 
 
+def cuda_missing(*inputs: Tensor) -> str | None:
+    """`why_not` of every op whose CUDA C++ takes all inputs that pass the function's checks."""
+    if core_error is not None:
+        return core_error
+    if core.build_info()["cuda"] == "no":
+        return "mmfast._C was built without CUDA (no nvcc was found)"
+    return _too_old(inputs[0])
+
+
+def triton_missing(*inputs: Tensor) -> str | None:
+    """`why_not` of every Triton kernel: also refuses float64, which none of them takes."""
+    if not _HAS_TRITON:
+        return 'triton is not installed (pip install "mmfast[triton]")'
+    if inputs[0].dtype == torch.float64:
+        return "its kernels compute in float32, and the input is float64"
+    return None if INTERPRETED else _too_old(inputs[0])
+
+
+def _too_old(x: Tensor) -> str | None:
+    if not x.is_cuda:
+        return None
+    card = torch.cuda.get_device_properties(x.device)  # torch.compile folds it to a constant
+    if card.major >= 8:
+        return None
+    return f"it needs compute capability >= 8.0, got {card.major}.{card.minor}"
+
+
+def kernels(stem: str) -> Any:
+    """The Triton file of that stem; imported at the first use, and triton with it."""
+    return import_module(f"mmfast.kernels.{stem}")
+
+
 def always(*inputs: Tensor) -> None:
     """`why_not` of a backend that takes everything."""
     return None
+
+
+EAGER = Backend("eager", (), always, "the definition; every other backend is tested against it")
+CPP_EVIDENCE = "tested at every level of this machine's processor"
+# no card has run these kernels yet
+TRITON_EVIDENCE = (
+    "values checked in the interpreter, code compiled for sm_80, sm_90 and sm_100; "
+    "not yet run on a card"
+)
+CUDA_EVIDENCE = (
+    "run in an emulator on the CPU, code compiled for sm_80, sm_90 and sm_100; "
+    "not yet run on a card"
+)
+TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def choose(op: str, backend: str | None, table: Sequence[Backend], *inputs: Tensor) -> str:
@@ -70,6 +125,8 @@ def choose(op: str, backend: str | None, table: Sequence[Backend], *inputs: Tens
     for row in table:
         if backend is not None and row.name != backend:
             continue
+        if backend is None and row.name == "triton" and not inputs[0].is_cuda:
+            continue  # the interpreter runs only when asked for by name
         reason = row.refusal(*inputs)
         if reason is None:
             if backend is None and row.name == "eager" and refused:
@@ -94,7 +151,7 @@ def _warn_slow(op: str, refused: list[tuple[Backend, str]], device: str) -> None
         return
     _warned.add(op)
     warnings.warn(
-        f"mmfast: {op} falls back to plain torch, which keeps every score in memory: "
+        f"mmfast: {op} falls back to plain torch, which is slower and keeps more in memory: "
         f'{"; ".join(reasons)}. Pass backend="eager" to choose this without a warning.',
         stacklevel=4,
     )

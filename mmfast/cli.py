@@ -52,6 +52,8 @@ def info() -> Iterator[str]:
                 reason = row.refusal(probe, probe)
                 state = "available" if reason is None else f"not available: {reason}"
                 yield f"  {device:<5} {row.name:<7} {state}"
+        for row in table:
+            yield f"        {row.name:<7} {row.evidence}"
 
 
 def _version(package: str) -> str:

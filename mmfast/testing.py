@@ -1,5 +1,6 @@
 """What tests and benchmarks share: named cases, an error budget, ways to catch a kernel out."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -72,9 +73,56 @@ class Case:
         return x * (self.norm / norms)
 
 
+@dataclass(frozen=True)
+class RowsCase:
+    """One problem of paired rows: a and b [N, D], and the reason it is there.
+
+    tags: as for `Case`. angle: between the rows of a pair, None for whatever random rows have.
+    norm: the length of every row. lam: "rows" (one for each, some outside of [0, 1]) or "one".
+    """
+
+    id: str
+    N: int
+    D: int
+    why: str
+    tags: tuple[str, ...] = ("full",)
+    angle: float | None = None
+    norm: float = 1.0
+    lam: str = "rows"
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, *, device: str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Keyword arguments of the op: a, b, lam, leaves that require grad.
+
+        b is a slice of a wider buffer of NaN; lam is float64.
+        """
+        random = torch.Generator().manual_seed(seed)
+        a, b = (self._unit_rows(random) for _ in range(2))
+        if self.angle is not None:
+            b -= (a * b).sum(1, keepdim=True) * a
+            b /= b.norm(dim=1, keepdim=True)
+            b = math.cos(self.angle) * a + math.sin(self.angle) * b
+        wide = torch.full((self.N, self.D + 5), torch.nan, dtype=dtype, device=device)
+        view = wide[:, 3 : 3 + self.D]
+        view.copy_(self.norm * b)
+        size = (self.N,) if self.lam == "rows" else ()
+        lam = torch.rand(size, generator=random, dtype=torch.float64) * 1.4 - 0.2
+        return {
+            "a": (self.norm * a).to(device, dtype).requires_grad_(),
+            "b": view.requires_grad_(),
+            "lam": lam.to(device).requires_grad_(),
+        }
+
+    def _unit_rows(self, random: torch.Generator) -> Tensor:
+        x: Tensor = torch.randn(self.N, self.D, generator=random, dtype=torch.float64)
+        norms: Tensor = x.norm(dim=1, keepdim=True)
+        return x / norms
+
+
 _QUICK = ("quick", "full")
 
-CASES: dict[str, tuple[Case, ...]] = {
+CASES: dict[str, tuple[Case | RowsCase, ...]] = {
     "pairwise_lse": (
         Case("single", 1, 1, 1, "the smallest problem there is", _QUICK),
         Case("aligned", 64, 128, 64, "every tile is whole: no edge code runs", _QUICK),
@@ -106,16 +154,31 @@ CASES: dict[str, tuple[Case, ...]] = {
                 (8192, "the scores alone would be 256 MB"),
             )
         ),
-    )
+    ),
+    "slerp": (
+        # rows of length one and width one would all be parallel or antipodal
+        RowsCase("single", 1, 1, "the smallest problem there is", _QUICK, norm=0.7),
+        RowsCase("thin", 70, 1, "D=1: an inner product without a sum", norm=0.7),
+        RowsCase("aligned", 64, 256, "whole vectors only, as trainers have them", _QUICK),
+        RowsCase("odd_width", 37, 77, "D fits no vector", _QUICK),
+        RowsCase("narrow", 300, 3, "less than a vector a row, several chunks of rows"),
+        RowsCase("deep", 5, 2500, "rows longer than a GPU's program holds", _QUICK),
+        RowsCase("chunks", 700, 48, "several chunks for several threads", _QUICK, lam="one"),
+        RowsCase("short", 50, 32, "rows that are not unit", _QUICK, norm=0.3),
+        RowsCase("same", 33, 24, "theta = 0, where the formula is 0 / 0", _QUICK, angle=0.0),
+        RowsCase("close", 33, 24, "theta = 1e-3: the published derivative cancels", angle=1e-3),
+        RowsCase("right", 33, 24, "theta = pi / 2", angle=math.pi / 2),
+        RowsCase("wide", 33, 24, "theta = 2.8: weights grow", _QUICK, angle=2.8),
+    ),
 }  # fmt: skip
 
 
-def find_case(op: str, id: str) -> Case:
+def find_case(op: str, id: str) -> Any:
     """The case of `op` with this id."""
     return next(case for case in CASES[op] if case.id == id)
 
 
-def cases(op: str, tag: str) -> list[Case]:
+def cases(op: str, tag: str) -> list[Any]:
     """The cases of `op` that carry `tag`."""
     return [case for case in CASES[op] if tag in case.tags]
 
@@ -131,6 +194,11 @@ def random_pair(
     """Normal q [N, D] and k [M, D] from torch's own generator."""
     q, k = (torch.randn(rows, D, dtype=dtype, requires_grad=requires_grad) for rows in (N, M))
     return q, k
+
+
+def widest(backend: str) -> torch.dtype:
+    """The widest type that `backend` takes."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 def assert_within_budget(

@@ -256,6 +256,8 @@ def good_rows() -> list[dict[str, Any]]:
     rows += [row("frozen", name, t) for name, t in frozen.items()]
     rows += [row("threads", count, t) for count, t in ((1, 1.95), (2, 1.0))]
     rows += [row("growth", n, c * n * n, n=n) for n, c in ((2048, 1.05), (8192, 1.0), (65536, 1.1))]
+    rows += [row("bandwidth", name, t, mode="fwd") for name, t in (("copy", 0.81), ("cpp", 1.0))]
+    rows += [row("mix", name, t) for name, t in (("formula", 4.1), ("cpp", 1.0))]
     return rows
 
 
@@ -263,12 +265,12 @@ GOOD_TILE = {"clock_ghz": 3.7, "tile_gflops": 220.0, "percent": 93.0}
 
 
 def test_all_targets_met():
-    assert [v.met for v in targets.judge(good_rows(), [GOOD_TILE])] == [True] * 12
+    assert [v.met for v in targets.judge(good_rows(), [GOOD_TILE])] == [True] * 14
 
 
 def test_nothing_measured_meets_nothing():
     verdicts = targets.judge([], [])
-    assert [v.met for v in verdicts] == [None] * 12
+    assert [v.met for v in verdicts] == [None] * 14
     assert {v.where for v in verdicts} == {"not measured"}
 
 
@@ -286,6 +288,8 @@ def test_nothing_measured_meets_nothing():
         (9, {"bench": "frozen", "contender": "image frozen"}, {"median": 0.9}),
         (10, {"bench": "threads", "contender": 2}, {"median": 1.1}),
         (11, {"bench": "growth", "contender": 65536}, {"median": 1.2 * 65536**2}),
+        (12, {"bench": "bandwidth", "contender": "cpp"}, {"median": 1.02}),
+        (13, {"bench": "mix", "contender": "cpp"}, {"median": 1.03}),
     ],
 )
 def test_each_target_is_missed_by_its_own_worst_row(missed, which, change):
@@ -321,6 +325,15 @@ def test_small_bfloat16_batches_of_256_are_no_target():
         row("small", c, t, n=256, dtype="bfloat16") for c, t in (("dense", 1.0), ("mmfast", 2.0))
     ]
     assert targets.judge(rows, [])[8].met is None
+
+
+def test_bandwidth_is_shown_against_the_copy_of_its_race():
+    rows = [
+        row("bandwidth", c, t, mode="fwd", gb_per_s=g)
+        for c, t, g in (("copy", 1.0, 40.0), ("cpp", 1.25, 32.0))
+    ]
+    last = report.bench_table("bandwidth", rows).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[-3:-1]] == ["32.0", "80"]
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]], when: str, **facts: Any) -> Path:
@@ -383,7 +396,7 @@ def test_a_quick_run_says_that_it_is_none(tmp_path):
     path = write(tmp_path, "clip", good_rows(), "2025-01-01", quick=True)
     text = report.render([report.load(path)], {})
     assert "These are no results." in text
-    assert text.count("not measured") == 12
+    assert text.count("not measured") == 14
 
 
 def test_no_results_is_an_error(tmp_path, capsys):

@@ -7,6 +7,7 @@ import torch
 import mmfast
 from mmfast import _dispatch
 from mmfast.cli import main
+from mmfast.ops import BACKENDS
 
 
 def info(capsys):
@@ -27,6 +28,14 @@ def test_info_says_of_every_backend_whether_it_can_run(capsys, backend):
     op = info(capsys).split("\n\n")[1].splitlines()
     assert op[0] == "pairwise_lse"
     assert f"  cpu   {backend:<7} available" in op
+
+
+def test_info_says_what_evidence_stands_behind_each(capsys):
+    for part in info(capsys).split("\n\n")[1:]:
+        op, *lines = part.splitlines()
+        for row in BACKENDS[op]:
+            assert f"        {row.name:<7} {row.evidence}" in lines
+            assert row.evidence
 
 
 def test_info_says_why_not(capsys, monkeypatch):

@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from mmfast import _dispatch
 from mmfast._dispatch import Backend, always, choose
 
 X = torch.ones(1, 1)
-FAST = Backend("fast", ("cpu",), lambda x: None if x.shape[0] < 8 else "it holds 7 rows")
-FAR = Backend("far", ("cuda",), always)
-EAGER = Backend("eager", (), always)
+FAST = Backend("fast", ("cpu",), lambda x: None if x.shape[0] < 8 else "it holds 7 rows", "")
+FAR = Backend("far", ("cuda",), always, "")
+EAGER = Backend("eager", (), always, "")
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,50 @@ def test_no_warning_where_nothing_faster_exists():
         warnings.simplefilter("error")
         assert choose("op", None, (FAR, EAGER), X) == "eager"
         assert choose("op", "eager", (FAST, EAGER), torch.ones(8, 1)) == "eager"
+
+
+def test_the_interpreter_runs_by_name_only():
+    interpreted = Backend("triton", ("cuda", "cpu"), always, "")
+    assert choose("op", None, (interpreted, EAGER), X) == "eager"
+    assert choose("op", "triton", (interpreted, EAGER), X) == "triton"
+
+
+def test_reasons_of_triton(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "INTERPRETED", True)
+    assert _dispatch.triton_missing(X) is None
+    expected = "its kernels compute in float32, and the input is float64"
+    assert _dispatch.triton_missing(X.double()) == expected
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    assert _dispatch.triton_missing(X) == 'triton is not installed (pip install "mmfast[triton]")'
+
+
+class OnCard:
+    """Stands for a tensor on a card of compute capability `found`."""
+
+    dtype, is_cuda, device = torch.float32, True, "cuda:0"
+
+    def __init__(self, monkeypatch, found):
+        card = SimpleNamespace(major=found[0], minor=found[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+
+def test_reasons_of_a_card(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "core_error", None)
+    core = SimpleNamespace(build_info=lambda: {"cuda": "13.0 for 80, 90a, 100a"})
+    monkeypatch.setattr(_dispatch, "core", core, raising=False)
+    for why_not in (_dispatch.triton_missing, _dispatch.cuda_missing):
+        assert why_not(OnCard(monkeypatch, (8, 0))) is None
+        assert why_not(OnCard(monkeypatch, (12, 1))) is None
+        expected = "it needs compute capability >= 8.0, got 7.5"
+        assert why_not(OnCard(monkeypatch, (7, 5))) == expected
+    core.build_info = lambda: {"cuda": "no"}
+    expected = "mmfast._C was built without CUDA (no nvcc was found)"
+    assert _dispatch.cuda_missing(OnCard(monkeypatch, (9, 0))) == expected
+    monkeypatch.setattr(_dispatch, "core_error", "the core is away")
+    assert _dispatch.cuda_missing(OnCard(monkeypatch, (9, 0))) == "the core is away"
 
 
 def test_missing_core_is_a_reason(monkeypatch):

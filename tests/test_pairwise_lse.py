@@ -9,7 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import pairwise_lse
 from mmfast.ops.pairwise_lse import reference
-from mmfast.testing import Case, assert_within_budget, cases, find_case, random_pair, saved_bytes
+from mmfast.testing import (
+    Case,
+    assert_within_budget,
+    cases,
+    find_case,
+    random_pair,
+    saved_bytes,
+    widest,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -136,13 +144,13 @@ def test_rows_alone_are_the_same_rows(backend):
 
 
 def test_scale_defaults_to_one(backend):
-    q, k = random_pair()
+    q, k = random_pair(dtype=widest(backend))
     assert torch.equal(pairwise_lse(q, k, backend=backend), pairwise_lse(q, k, 1, backend=backend))
 
 
 @pytest.mark.parametrize("which", ["rows", "columns"])
 def test_one_upstream_gradient_alone(which, backend):
-    q, k = random_pair(7, 9, 4)
+    q, k = random_pair(7, 9, 4, dtype=widest(backend))
     outs = pairwise_lse(q, k, 2.0, columns=True, backend=backend)
     expected = reference(q, k, 2.0, columns=True)
     i = ("rows", "columns").index(which)

@@ -57,7 +57,7 @@ def on_meta(x):
         (TypeError, "scale must be floating point, got int64", {"scale": torch.tensor(1)}),
         (ValueError, "scale must be on cpu like q, got meta",
          {"scale": torch.ones((), device="meta")}),
-        (ValueError, 'backend must be None or one of "cpp", "eager", got \'fast\'',
+        (ValueError, 'backend must be None or one of "cpp", "triton", "eager", got \'fast\'',
          {"backend": "fast"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -5,7 +5,7 @@ import torch
 
 from mmfast import pairwise_lse
 from mmfast.ops.pairwise_lse import reference
-from mmfast.testing import random_pair
+from mmfast.testing import random_pair, widest
 
 
 def name_of(value):
@@ -59,14 +59,14 @@ def test_expanded_rows_and_mask(backend):
 
 
 def test_expanded_upstream_gradient(backend):
-    q, k = random_pair(6, 7)
+    q, k = random_pair(6, 7, dtype=widest(backend))
     rows = pairwise_lse(q, k, backend=backend)
     rows.backward(torch.ones(1, dtype=q.dtype).expand(6))
     torch.testing.assert_close(q.grad, torch.autograd.grad(reference(q, k).sum(), q)[0])
 
 
 def test_one_tensor_as_both_sides(backend):
-    x, _ = random_pair(9, 1, 4)
+    x, _ = random_pair(9, 1, 4, dtype=widest(backend))
     ids = torch.arange(9)
     pairwise_lse(x, x, 2.0, q_ids=ids, k_ids=ids, backend=backend).sum().backward()
     y = x.detach().clone().requires_grad_()
@@ -132,7 +132,7 @@ def test_zero_scale(level_backend):
 
 
 def test_negative_scale(level_backend):
-    q, k = random_pair(17, 33, 5)
+    q, k = random_pair(17, 33, 5, dtype=widest(level_backend))
     torch.testing.assert_close(
         pairwise_lse(q, k, -3.0, columns=True, backend=level_backend),
         pairwise_lse(-q, k, 3.0, columns=True, backend=level_backend),
@@ -201,5 +201,5 @@ def test_a_wrong_key_keeps_to_itself(value, level_backend):
 
 
 def test_nan_scale_flows(backend):
-    q, k = random_pair()
+    q, k = random_pair(dtype=widest(backend))
     assert pairwise_lse(q, k, torch.tensor(math.nan), backend=backend).isnan().all()

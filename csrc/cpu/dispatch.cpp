@@ -13,6 +13,8 @@ namespace mmfast {
   void pairwise_lse_forward(const Pairs&, View, View, const Run&);                     \
   double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool, \
                                const Run&);                                            \
+  void slerp_forward(View, View, View, View, const Run&);                              \
+  void slerp_backward(View, View, View, View, View, View, View, const Run&);           \
   double tile_rate(Type, double, int);                                                 \
   }
 MMFAST_DECLARE(generic)
@@ -30,18 +32,22 @@ struct Level {
   bool (*runs)();
   decltype(&pairwise_lse_forward) forward;
   decltype(&pairwise_lse_backward) backward;
+  decltype(&slerp_forward) mix;
+  decltype(&slerp_backward) mix_backward;
   decltype(&tile_rate) rate;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                               \
-  Level {                                                                \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward, \
-        level::pairwise_lse_backward, level::tile_rate                   \
+#define MMFAST_LEVEL_ROW(level, condition)                                         \
+  Level {                                                                          \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,           \
+        level::pairwise_lse_backward, level::slerp_forward, level::slerp_backward, \
+        level::tile_rate                                                           \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
 #if defined(__x86_64__)
-    MMFAST_LEVEL_ROW(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+    MMFAST_LEVEL_ROW(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               __builtin_cpu_supports("f16c")),
     MMFAST_LEVEL_ROW(avx512,
                      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -95,6 +101,14 @@ void pairwise_lse_forward(const Pairs& pairs, View rows, View columns, const Run
 double pairwise_lse_backward(const Pairs& pairs, View g_rows, View g_columns, View rows,
                              View columns, View dq, View dk, bool need_scale, const Run& run) {
   return current().backward(pairs, g_rows, g_columns, rows, columns, dq, dk, need_scale, run);
+}
+
+void slerp_forward(View a, View b, View lam, View out, const Run& run) {
+  current().mix(a, b, lam, out, run);
+}
+
+void slerp_backward(View g, View a, View b, View lam, View da, View db, View dlam, const Run& run) {
+  current().mix_backward(g, a, b, lam, da, db, dlam, run);
 }
 
 double tile_rate(Type type, double seconds, int threads) {

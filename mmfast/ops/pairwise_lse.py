@@ -152,23 +152,40 @@ def _fake_backward(
     )
 
 
+def _triton_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    rows, columns = _dispatch.kernels("pairwise_lse").forward(*inputs)
+    return rows, rows.new_empty(0) if columns is None else columns
+
+
+def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _dispatch.kernels("pairwise_lse").backward(*inputs)
+    dq, dk, dscale = (
+        x.new_empty(0) if gradient is None else gradient
+        for x, gradient in zip(inputs[2:5], gradients, strict=True)
+    )
+    return dq, dk, dscale
+
+
 BACKENDS = (
-    Backend("cpp", ("cpu",), _dispatch.cpp_missing),
-    Backend("eager", (), _dispatch.always),
+    Backend("cpp", ("cpu",), _dispatch.cpp_missing, _dispatch.CPP_EVIDENCE),
+    Backend(
+        "triton", _dispatch.TRITON_DEVICES, _dispatch.triton_missing, _dispatch.TRITON_EVIDENCE
+    ),
+    _dispatch.EAGER,
 )
 
 _forward = _dispatch.define(
     "pairwise_lse_fwd(Tensor q, Tensor k, Tensor scale, Tensor? q_ids, Tensor? k_ids, "
     "Tensor? mask, bool columns, str backend) -> (Tensor, Tensor)",
     _fake_forward,
-    {"cpp": _cpp_forward},
+    {"cpp": _cpp_forward, "triton": _triton_forward},
 )
 _backward = _dispatch.define(
     "pairwise_lse_bwd(Tensor? g_rows, Tensor? g_columns, Tensor q, Tensor k, Tensor scale, "
     "Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor rows, Tensor columns, bool need_q, "
     "bool need_k, bool need_scale, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
-    {"cpp": _cpp_backward},
+    {"cpp": _cpp_backward, "triton": _triton_backward},
 )
 
 
@@ -176,8 +193,18 @@ class _PairwiseLSE(torch.autograd.Function):
     """For transforms (torch.func, torch.compile), which ask for forward without a context."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _forward(*inputs)
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        scale: Tensor,
+        q_ids: Tensor | None,
+        k_ids: Tensor | None,
+        mask: Tensor | None,
+        columns: bool,
+        backend: str,
+    ) -> Any:
+        # dynamo counts these names where no input asks for a gradient
+        return _forward(q, k, scale, q_ids, k_ids, mask, columns, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -188,6 +215,8 @@ class _PairwiseLSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_rows: Tensor | None, g_columns: Tensor | None) -> Any:
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
+        if g_columns is not None and g_columns.numel() == 0:
+            g_columns = None  # torch.compile has a gradient for columns that were not asked for
         if g_rows is None and g_columns is None:
             return (None,) * 8
         # under create_graph the gradients must know that they cannot be differentiated again
@@ -285,7 +314,7 @@ def pairwise_lse(
         q_ids, k_ids: int64 [N] and [M], both or neither; a pair with equal ids is left out.
         mask: bool [N, M]; a pair where it is False is left out.
         columns: also return the sums over the other side, from the same visit of the scores.
-        backend: "cpp", "eager", or None for the first that can run.
+        backend: "cpp", "triton", "eager", or None for the first that can run.
 
     Returns:
         rows [N], or (rows [N], columns [M]) with `columns=True`; float64 for float64 inputs,
