@@ -65,7 +65,7 @@ def sine_rest(b_y, b_sine):
 
 @triton.jit
 def angle(b_c):
-    """theta, sin(theta) and theta / sin(theta) of its cosine, which is bounded first."""
+    """cos(theta) bounded, theta, sin(theta) and theta / sin(theta), from the cosine."""
     # written so that a NaN stays one
     b_c = tl.where(b_c < LOWEST, LOWEST, tl.where(b_c > 1.0, 1.0, b_c))
     b_size = tl.abs(b_c)
@@ -83,14 +83,19 @@ def angle(b_c):
     # from c itself: the sine of a rounded angle near pi has lost what 1 + c still knows
     b_sine = tl.sqrt((1.0 - b_c) * (1.0 + b_c))
     b_zero = b_theta == 0
-    return b_theta, b_sine, tl.where(b_zero, 1.0, b_theta / tl.where(b_zero, 1.0, b_sine))
+    return b_c, b_theta, b_sine, tl.where(b_zero, 1.0, b_theta / tl.where(b_zero, 1.0, b_sine))
 
 
 @triton.jit
-def weight(b_theta, b_sine, b_lam):
+def weight(b_c, b_theta, b_sine, b_lam):
     """sin(lam theta) / sin(theta)"""
     b_zero = b_theta == 0
-    return tl.where(b_zero, b_lam, sine(b_lam * b_theta) / tl.where(b_zero, 1.0, b_sine))
+    b_safe = tl.where(b_zero, 1.0, b_sine)
+    # sin(theta - rest): 1 at lam = 1 whatever the angle, as the other is 0 at lam = 0
+    b_rest = (1.0 - b_lam) * b_theta
+    b_from_a = cosine(b_rest) - b_c * sine(b_rest) / b_safe
+    b_weight = tl.where(b_lam > 0.5, b_from_a, sine(b_lam * b_theta) / b_safe)
+    return tl.where(b_zero, b_lam, b_weight)
 
 
 @triton.jit
@@ -147,9 +152,9 @@ def forward_kernel(
         b_x = load_rows(A, o_n, i_d + o_d, N, D, stride_a)
         b_c += tl.sum(b_x * load_rows(B, o_n, i_d + o_d, N, D, stride_b), 1)
     b_lam = tl.load(LAM + o_n * stride_lam, mask=o_n < N, other=0.0)
-    b_theta, b_sine, _ = angle(b_c)
-    b_k1 = weight(b_theta, b_sine, b_lam)
-    b_k2 = weight(b_theta, b_sine, 1.0 - b_lam)
+    b_c, b_theta, b_sine, _ = angle(b_c)
+    b_k1 = weight(b_c, b_theta, b_sine, b_lam)
+    b_k2 = weight(b_c, b_theta, b_sine, 1.0 - b_lam)
     if D <= BLOCK_D:
         store_rows(OUT, o_n, o_d, N, D, b_k1[:, None] * b_a + b_k2[:, None] * b_b)
     else:
@@ -179,15 +184,15 @@ def backward_kernel(
         b_along_b += tl.sum(b_x * b_z, 1)
     b_lam = tl.load(LAM + o_n * stride_lam, mask=o_n < N, other=0.0)
     b_rest = 1.0 - b_lam
-    b_theta, b_sine, b_ratio = angle(b_c)
+    b_c, b_theta, b_sine, b_ratio = angle(b_c)
     if DLAM is not None:
         b_dlam = b_along_a * cosine(b_lam * b_theta) - b_along_b * cosine(b_rest * b_theta)
         tl.store(DLAM + o_n, b_dlam * b_ratio, mask=o_n < N)
     if DA is not None or DB is not None:
         b_by_c = b_along_a * weight_by_c(b_theta, b_sine, b_ratio, b_lam)
         b_by_c += b_along_b * weight_by_c(b_theta, b_sine, b_ratio, b_rest)
-        b_k1 = weight(b_theta, b_sine, b_lam)
-        b_k2 = weight(b_theta, b_sine, b_rest)
+        b_k1 = weight(b_c, b_theta, b_sine, b_lam)
+        b_k2 = weight(b_c, b_theta, b_sine, b_rest)
         if D <= BLOCK_D:
             if DA is not None:
                 store_rows(DA, o_n, o_d, N, D, b_k1[:, None] * b_g + b_by_c[:, None] * b_b)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from mmfast import _dispatch, pairwise_lse
 from mmfast.ops.pairwise_lse import reference
@@ -155,6 +156,14 @@ def test_double_backward_is_refused_only_when_it_happens(compiled_backend):
     expected = f'backend="{compiled_backend}" has no second derivative; pass backend="eager"'
     with pytest.raises(NotImplementedError, match=expected):
         dq.sum().backward()
+
+
+def test_forward_mode_is_refused_and_not_dropped(compiled_backend):
+    q, k = random_pair(dtype=widest(compiled_backend), requires_grad=False)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            pairwise_lse(dual, k, backend=compiled_backend)
 
 
 def test_inference_mode(backend):

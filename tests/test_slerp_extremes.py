@@ -173,3 +173,11 @@ def test_half_results_are_rounded_once(dtype, level_backend):
     # half a unit in the last place, and the float32 weight's own error
     allowed = exact.abs() * (torch.finfo(dtype).eps / 2 + 1e-6)
     assert ((got.double() - exact).abs() <= allowed).all()
+
+
+def test_ends_are_the_rows_even_near_antipodal(level_backend):
+    angle = torch.tensor([[3.1], [3.14], [3.141], [math.pi]], dtype=torch.float64)
+    a = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    b = torch.cat((angle.cos(), angle.sin()), 1).float()
+    torch.testing.assert_close(slerp(a, b, 1.0, backend=level_backend), a, rtol=0, atol=3e-7)
+    torch.testing.assert_close(slerp(a, b, 0.0, backend=level_backend), b, rtol=0, atol=3e-7)

@@ -17,6 +17,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmfast import _dispatch
 from mmfast._dispatch import Backend
@@ -241,8 +242,7 @@ class _EagerPairwiseLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = _forward(*inputs)
-        if any(ctx.needs_input_grad):
-            _PairwiseLSE.setup_context(ctx, inputs, output)
+        _PairwiseLSE.setup_context(ctx, inputs, output)
         return output
 
     backward = _PairwiseLSE.backward
@@ -347,6 +347,10 @@ def pairwise_lse(
         k = k.view_as(k) if k is q else k
         k_ids = k_ids.view_as(k_ids) if k_ids is not None and k_ids is q_ids else k_ids
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    apply: Any = (_PairwiseLSE if transformed else _EagerPairwiseLSE).apply
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or scale.requires_grad)
+    if transformed or learns or forward_ad._current_level >= 0:
+        apply: Any = (_PairwiseLSE if transformed else _EagerPairwiseLSE).apply
+    else:
+        apply = _forward  # nobody differentiates: another 0.1 ms
     rows, sums = apply(q, k, scale, q_ids, k_ids, mask, columns, name)
     return (rows, sums) if columns else rows

@@ -56,8 +56,14 @@ def _weight(c: Tensor, lam: Tensor) -> Tensor:
         term = term * z * ((n - lam) * (n + lam) / (n * (n + 0.5)))
         series = series + term
     c = torch.where(near, 0.0, c)
+    theta = c.acos()
     # the sine from c itself: that of a rounded angle near pi has lost what 1 + c still knows
-    return torch.where(near, series, (lam * c.acos()).sin() / ((1 - c) * (1 + c)).sqrt())
+    sine = ((1 - c) * (1 + c)).sqrt()
+    rest = (1 - lam) * theta
+    # sin(theta - rest): 1 at lam = 1 whatever the angle, as the other is 0 at lam = 0
+    from_a = rest.cos() - c * rest.sin() / sine
+    far = torch.where(lam > 0.5, from_a, (lam * theta).sin() / sine)
+    return torch.where(near, series, far)
 
 
 def _cpp_forward(a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
