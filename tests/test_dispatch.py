@@ -113,7 +113,7 @@ def test_reasons_of_a_card(monkeypatch):
         expected = "it needs compute capability >= 8.0, got 7.5"
         assert why_not(OnCard(monkeypatch, (7, 5))) == expected
     core.build_info = lambda: {"cuda": "no"}
-    expected = "mmfast._C was built without CUDA (no nvcc was found)"
+    expected = "mmfast._C was built without CUDA: no nvcc from 11.8 on, or MMFAST_CUDA=OFF"
     assert _dispatch.cuda_missing(OnCard(monkeypatch, (9, 0))) == expected
     monkeypatch.setattr(_dispatch, "core_error", "the core is away")
     assert _dispatch.cuda_missing(OnCard(monkeypatch, (9, 0))) == "the core is away"

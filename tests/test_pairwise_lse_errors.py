@@ -67,6 +67,13 @@ def test_errors(error, message, arguments):
         pairwise_lse(**{"q": X, "k": Y, **arguments})
 
 
+def test_triton_refuses_float64():
+    pytest.importorskip("triton", reason="triton is not installed")
+    message = 'backend="triton" cannot run here because its kernels compute in float32'
+    with pytest.raises(RuntimeError, match=f"^pairwise_lse: {message}, and the input is float64$"):
+        pairwise_lse(X.double(), Y.double(), backend="triton")
+
+
 def test_options_are_named_only():
     with pytest.raises(TypeError, match="positional"):
         pairwise_lse(X, Y, 1.0, IDS["q_ids"], IDS["k_ids"])

@@ -130,16 +130,12 @@ def test_series_of_the_reference_meets_the_formula(lam):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", cases("slerp", "full"), ids=name_of)
 def test_matches_reference(case, dtype, level_backend):
-    if level_backend == "triton" and dtype == torch.float64:
-        pytest.skip("its refusal has a test of its own")
     check_case(case, dtype, level_backend)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_matches_reference_at_every_small_width(dtype, level_backend):
-    if level_backend == "triton" and dtype == torch.float64:
-        pytest.skip("its refusal has a test of its own")
     for N in (1, 2, 5):
         for D in range(1, 140):
             check_case(RowsCase("sweep", N, D, "edges of vectors", norm=0.8), dtype, level_backend)
@@ -215,8 +211,6 @@ def test_gradcheck_at_equal_rows(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_gradients_at_equal_rows_are_the_limits(dtype, level_backend):
-    if level_backend == "triton" and dtype == torch.float64:
-        pytest.skip("its refusal has a test of its own")
     a = torch.zeros(5, 3, dtype=dtype)
     a[:, 0] = 1.0
     b = a.clone().requires_grad_()

@@ -116,8 +116,6 @@ def test_inner_products_above_one_count_as_one(length, dtype, level_backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("length", [1.0, 1.5], ids=str)
 def test_antipodal_rows_are_finite_and_bounded(length, dtype, level_backend):
-    if level_backend == "triton" and dtype == torch.float64:
-        pytest.skip("its refusal has a test of its own")
     a = (next(pair(40, 16, torch.float64)) * length).to(dtype).requires_grad_()
     b = (-a.detach()).requires_grad_()
     lam = torch.linspace(0, 1, 40, dtype=torch.float64).requires_grad_()

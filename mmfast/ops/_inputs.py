@@ -6,6 +6,7 @@ nothing here waits for a device. All of it traces under `torch.compile(fullgraph
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,24 +44,41 @@ def cast_as_matmul(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return q, k
 
 
+def dense(x: Tensor) -> Tensor:
+    """`x` as DLPack takes it: without a graph, elements of a row side by side, rows anywhere."""
+    x = x.detach()
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def check_matrix(op: str, name: str, x: Tensor, letters: str) -> None:
+    """2-D, of a floating type, no empty side; `letters` are its sides in the message."""
+    if x.dim() != 2:
+        raise ValueError(f"{op}: {name} must be 2-D [{letters}], got {list(x.shape)}")
+    if x.dtype not in SCORE_TYPE:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {type_name(x.dtype)}"
+        )
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{op}: {name} must have no empty side, got {list(x.shape)}")
+
+
+def check_alike(op: str, name: str, x: Tensor, like: str, y: Tensor) -> None:
+    """`x` has the type and the device of `y`, which the message calls `like`."""
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"{op}: {name} must be {type_name(y.dtype)} like {like}, got {type_name(x.dtype)}"
+        )
+    if x.device != y.device:
+        raise ValueError(f"{op}: {name} must be on {y.device} like {like}, got {x.device}")
+
+
 def check_pair(op: str, q: Tensor, k: Tensor) -> None:
     """`q` [N, D] and `k` [M, D]: one floating type, one device, no empty side."""
     for name, x in (("q", q), ("k", k)):
-        if x.dim() != 2:
-            raise ValueError(f"{op}: {name} must be 2-D [rows, D], got {list(x.shape)}")
-        if x.dtype not in SCORE_TYPE:
-            raise TypeError(
-                f"{op}: {name} must be float32, float64, bfloat16 or float16, "
-                f"got {type_name(x.dtype)}"
-            )
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"{op}: {name} must have no empty side, got {list(x.shape)}")
+        check_matrix(op, name, x, "rows, D")
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"{op}: k must have D={q.shape[1]} columns like q, got {k.shape[1]}")
-    if q.dtype != k.dtype:
-        raise TypeError(f"{op}: k must be {type_name(q.dtype)} like q, got {type_name(k.dtype)}")
-    if q.device != k.device:
-        raise ValueError(f"{op}: k must be on {q.device} like q, got {k.device}")
+    check_alike(op, "k", k, "q", q)
 
 
 def check_ids(op: str, q: Tensor, k: Tensor, q_ids: Tensor | None, k_ids: Tensor | None) -> None:
@@ -108,9 +126,15 @@ def as_scale(op: str, q: Tensor, scale: float | Tensor, name: str = "scale") -> 
         if scale.device != q.device and scale.device.type != "cpu":
             raise ValueError(f"{op}: {name} must be on {q.device} like q, got {scale.device}")
         return scale if scale.dim() == 0 else scale.reshape(())
-    if isinstance(scale, bool) or not isinstance(scale, (float, int, numbers.Real)):
-        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(scale).__name__}")
+    return torch.tensor(as_number(op, name, scale), dtype=torch.float64)
+
+
+def as_number(op: str, name: str, x: Any) -> float:
+    """A finite Python number as a float; the message says that a tensor would do, too."""
+    if isinstance(x, bool) or not isinstance(x, (float, int, numbers.Real)):
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(x).__name__}")
+    value = float(x)
     # not isfinite: torch.compile turns a float that changes into a symbol, which this can take
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{op}: {name} must be finite, got {scale}")
-    return torch.tensor(float(scale), dtype=torch.float64)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} must be finite, got {x}")
+    return value

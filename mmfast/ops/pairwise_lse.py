@@ -29,6 +29,7 @@ from mmfast.ops._inputs import (
     check_mask,
     check_pair,
     check_tensor,
+    dense,
 )
 
 
@@ -75,8 +76,8 @@ def _cpp_forward(
     out_rows = torch.empty(q.shape[0], dtype=dtype)
     out_columns = torch.empty(k.shape[0] if columns else 0, dtype=dtype)
     _dispatch.core.pairwise_lse_forward(
-        _dense(q),
-        _dense(k),
+        dense(q),
+        dense(k),
         scale.item(),
         None if q_ids is None else q_ids.contiguous(),
         None if k_ids is None else k_ids.contiguous(),
@@ -108,8 +109,8 @@ def _cpp_backward(
     dscale = _dispatch.core.pairwise_lse_backward(
         None if g_rows is None else g_rows.detach().contiguous(),
         None if g_columns is None else g_columns.detach().contiguous(),
-        _dense(q),
-        _dense(k),
+        dense(q),
+        dense(k),
         scale.item(),
         None if q_ids is None else q_ids.contiguous(),
         None if k_ids is None else k_ids.contiguous(),
@@ -124,12 +125,6 @@ def _cpp_backward(
     if need_scale:
         return dq, dk, torch.tensor(dscale, dtype=scale.dtype)
     return dq, dk, torch.empty(0, dtype=scale.dtype)
-
-
-def _dense(x: Tensor) -> Tensor:
-    # DLPack takes no tensor that requires grad; rows may have any stride, their elements may not
-    x = x.detach()
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _fake_forward(
@@ -190,6 +185,9 @@ _backward = _dispatch.define(
 )
 
 
+_gradients = _dispatch.once("pairwise_lse", _backward)
+
+
 class _PairwiseLSE(torch.autograd.Function):
     """For transforms (torch.func, torch.compile), which ask for forward without a context."""
 
@@ -220,9 +218,7 @@ class _PairwiseLSE(torch.autograd.Function):
             g_columns = None  # torch.compile has a gradient for columns that were not asked for
         if g_rows is None and g_columns is None:
             return (None,) * 8
-        # under create_graph the gradients must know that they cannot be differentiated again
-        backward = _Gradients.apply if torch.is_grad_enabled() else _backward
-        dq, dk, dscale = backward(
+        dq, dk, dscale = _gradients(
             g_rows, g_columns, *ctx.saved_tensors, need_q, need_k, need_scale, ctx.backend
         )
         return (
@@ -246,23 +242,6 @@ class _EagerPairwiseLSE(torch.autograd.Function):
         return output
 
     backward = _PairwiseLSE.backward
-
-
-class _Gradients(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend = inputs[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            f'pairwise_lse: backend="{ctx.backend}" has no second derivative; '
-            'pass backend="eager" to differentiate twice'
-        )
 
 
 @overload
@@ -314,7 +293,8 @@ def pairwise_lse(
         q_ids, k_ids: int64 [N] and [M], both or neither; a pair with equal ids is left out.
         mask: bool [N, M]; a pair where it is False is left out.
         columns: also return the sums over the other side, from the same visit of the scores.
-        backend: "cpp", "triton", "eager", or None for the first that can run.
+        backend: "cpp", "triton", "eager", or None for the first that can run. "triton" takes a
+            workspace for gradients, at most mmfast.kernels.pairwise_lse.WORKSPACE_BYTES.
 
     Returns:
         rows [N], or (rows [N], columns [M]) with `columns=True`; float64 for float64 inputs,

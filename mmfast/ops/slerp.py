@@ -13,8 +13,6 @@ Fine-Tuning, NeurIPS 2023 (arXiv 2203.03897). The formula as published is 0/0 at
 where rounding takes c above 1; here both are the limit, lam a + (1 - lam) b.
 """
 
-import math
-import numbers
 from typing import Any
 
 import torch
@@ -22,7 +20,15 @@ from torch import Tensor
 
 from mmfast import _dispatch
 from mmfast._dispatch import Backend
-from mmfast.ops._inputs import SCORE_TYPE, check_tensor, type_name
+from mmfast.ops._inputs import (
+    SCORE_TYPE,
+    as_number,
+    check_alike,
+    check_matrix,
+    check_tensor,
+    dense,
+    type_name,
+)
 
 # Where (1 - c) / 2 times max(1, lam^2) is below _NEAR, a weight is summed as a series in it. The
 # last of _TERMS is then below float64's rounding, and above it no digit of note cancels.
@@ -68,7 +74,7 @@ def _weight(c: Tensor, lam: Tensor) -> Tensor:
 
 def _cpp_forward(a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
     out = torch.empty(a.shape, dtype=a.dtype)
-    _dispatch.core.slerp_forward(_dense(a), _dense(b), lam.detach(), out, torch.get_num_threads())
+    _dispatch.core.slerp_forward(dense(a), dense(b), lam.detach(), out, torch.get_num_threads())
     return out
 
 
@@ -77,9 +83,9 @@ def _cpp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     da, db, dlam = _outputs(a, b, lam, need_a, need_b, need_lam)
     _dispatch.core.slerp_backward(
-        _dense(g),
-        _dense(a),
-        _dense(b),
+        dense(g),
+        dense(a),
+        dense(b),
         lam.detach(),
         da if need_a else None,
         db if need_b else None,
@@ -94,7 +100,7 @@ def _cuda_forward(a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
     # torch exports arrays of the current card only
     with torch.cuda.device(a.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _dispatch.core.slerp_cuda_forward(_dense(a), _dense(b), lam.detach(), out, stream)
+        _dispatch.core.slerp_cuda_forward(dense(a), dense(b), lam.detach(), out, stream)
     return out
 
 
@@ -104,9 +110,9 @@ def _cuda_backward(
     da, db, dlam = _outputs(a, b, lam, need_a, need_b, need_lam)
     with torch.cuda.device(a.device):
         _dispatch.core.slerp_cuda_backward(
-            _dense(g),
-            _dense(a),
-            _dense(b),
+            dense(g),
+            dense(a),
+            dense(b),
             lam.detach(),
             da if need_a else None,
             db if need_b else None,
@@ -128,12 +134,6 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         for x, gradient in zip(inputs[1:4], gradients, strict=True)
     )
     return da, db, dlam
-
-
-def _dense(x: Tensor) -> Tensor:
-    # DLPack takes no tensor that requires grad; rows may have any stride, their elements may not
-    x = x.detach()
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _outputs(
@@ -177,6 +177,9 @@ _backward = _dispatch.define(
 )
 
 
+_gradients = _dispatch.once("slerp", _backward)
+
+
 class _Slerp(torch.autograd.Function):
     """For transforms (torch.func, torch.compile), which ask for forward without a context."""
 
@@ -195,9 +198,7 @@ class _Slerp(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         a, b, lam = ctx.saved_tensors
         need_a, need_b, need_lam = needs = ctx.needs_input_grad[:3]
-        # under create_graph the gradients must know that they cannot be differentiated again
-        backward = _Gradients.apply if torch.is_grad_enabled() else _backward
-        da, db, dlam = backward(g, a, b, lam, *needs, ctx.backend)
+        da, db, dlam = _gradients(g, a, b, lam, *needs, ctx.backend)
         if need_lam and lam.shape != dlam.shape:
             dlam = dlam.sum(0, keepdim=True)
         return (
@@ -214,50 +215,21 @@ class _EagerSlerp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = _forward(*inputs)
-        if any(ctx.needs_input_grad):
-            _Slerp.setup_context(ctx, inputs, output)
+        _Slerp.setup_context(ctx, inputs, output)
         return output
 
     backward = _Slerp.backward
 
 
-class _Gradients(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend = inputs[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            f'slerp: backend="{ctx.backend}" has no second derivative; '
-            'pass backend="eager" to differentiate twice'
-        )
-
-
 def _check_rows(a: Tensor, b: Tensor) -> None:
     for name, x in (("a", a), ("b", b)):
         check_tensor("slerp", name, x)
-        if x.dim() != 2:
-            raise ValueError(f"slerp: {name} must be 2-D [N, D], got {list(x.shape)}")
-        if x.dtype not in SCORE_TYPE:
-            raise TypeError(
-                f"slerp: {name} must be float32, float64, bfloat16 or float16, "
-                f"got {type_name(x.dtype)}"
-            )
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"slerp: {name} must have no empty side, got {list(x.shape)}")
+        check_matrix("slerp", name, x, "N, D")
     if b.shape != a.shape:
         raise ValueError(
             f"slerp: b must be [N={a.shape[0]}, D={a.shape[1]}] like a, got {list(b.shape)}"
         )
-    if b.dtype != a.dtype:
-        raise TypeError(f"slerp: b must be {type_name(a.dtype)} like a, got {type_name(b.dtype)}")
-    if b.device != a.device:
-        raise ValueError(f"slerp: b must be on {a.device} like a, got {b.device}")
+    check_alike("slerp", "b", b, "a", a)
 
 
 def _as_lam(a: Tensor, lam: float | Tensor) -> Tensor:
@@ -274,12 +246,7 @@ def _as_lam(a: Tensor, lam: float | Tensor) -> Tensor:
         if lam.device != a.device and (lam.device.type != "cpu" or lam.numel() != 1):
             raise ValueError(f"slerp: lam must be on {a.device} like a, got {lam.device}")
         return lam.reshape(-1).to(a.device, dtype)
-    if isinstance(lam, bool) or not isinstance(lam, (float, int, numbers.Real)):
-        raise TypeError(f"slerp: lam must be a number or a tensor, got {type(lam).__name__}")
-    # not isfinite: torch.compile turns a float that changes into a symbol, which this can take
-    if not -math.inf < lam < math.inf:
-        raise ValueError(f"slerp: lam must be finite, got {lam}")
-    return torch.full((1,), float(lam), dtype=dtype, device=a.device)
+    return torch.full((1,), as_number("slerp", "lam", lam), dtype=dtype, device=a.device)
 
 
 def slerp(a: Tensor, b: Tensor, lam: float | Tensor, *, backend: str | None = None) -> Tensor:
