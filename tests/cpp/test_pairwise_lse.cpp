@@ -9,76 +9,19 @@
 
 #include "../../csrc/levels.h"
 #include "../../csrc/ops.h"
-#include "check.h"
+#include "values.h"
 
 using namespace mmfast;
-using mmfast::testing::integer;
-using mmfast::testing::normal;
+using namespace mmfast::testing;
 
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-int size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
-// Values that every type holds exactly, so one double matrix describes all of them.
-double exact(Type type, double x) {
-  if (type == Type::f64) return x;
-  if (type == Type::f32) return float(x);
-  return std::ldexp(std::nearbyint(std::ldexp(x, 5)), -5);
+// A matrix of random values.
+Input normals(Type type, long rows, long cols) {
+  return {type, rows, cols, [](long, long) { return normal(); }};
 }
-
-void put(Type type, void* at, double x) {
-  if (type == Type::f64) std::memcpy(at, &x, 8);
-  const float narrow = float(x);
-  if (type == Type::f32) std::memcpy(at, &narrow, 4);
-  uint32_t bits;
-  std::memcpy(&bits, &narrow, 4);
-  if (type == Type::bf16) {
-    const uint16_t half = uint16_t(bits >> 16);
-    std::memcpy(at, &half, 2);
-  }
-  if (type == Type::f16) {
-    const int exponent = int((bits >> 23) & 255) - 112;
-    const uint16_t half =
-        x == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 1023));
-    std::memcpy(at, &half, 2);
-  }
-}
-
-double get(Type type, const void* at) {
-  if (type == Type::f64) return *static_cast<const double*>(at);
-  if (type == Type::f32) return *static_cast<const float*>(at);
-  const uint16_t half = *static_cast<const uint16_t*>(at);
-  if (type == Type::bf16) {
-    const uint32_t bits = uint32_t{half} << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  const int exponent = (half >> 10) & 31;
-  const double magnitude =
-      exponent ? std::ldexp(1024 + (half & 1023), exponent - 25) : std::ldexp(half & 1023, -24);
-  return half & 0x8000 ? -magnitude : magnitude;
-}
-
-// A matrix of random values with its bytes; rows may be further apart than they are long.
-struct Input {
-  std::vector<double> values;
-  std::vector<char> bytes;
-  View view;
-  Input(Type type, long rows, long cols, double size) : values(rows * cols) {
-    const long stride = cols + (integer(0, 1) ? integer(1, 9) : 0);
-    bytes.resize(((rows - 1) * stride + cols) * size_of(type));
-    view = {bytes.data(), rows, cols, stride, 1, type};
-    for (long i = 0; i < rows; ++i) {
-      for (long d = 0; d < cols; ++d) {
-        values[i * cols + d] = exact(type, size * normal());
-        put(type, bytes.data() + (i * stride + d) * size_of(type), values[i * cols + d]);
-      }
-    }
-  }
-};
 
 View vector_view(std::vector<char>& bytes, Type type) {
   return {bytes.data(), long(bytes.size()) / size_of(type), 1, 1, 1, type};
@@ -94,7 +37,7 @@ void check_once(int threads) {
   const Type type = types[integer(0, 3)], wide = type == Type::f64 ? Type::f64 : Type::f32;
   const long N = integer(1, integer(0, 3) ? 40 : 420), M = integer(1, integer(0, 3) ? 40 : 420);
   const long D = integer(1, integer(0, 3) ? 20 : 150);
-  const Input q(type, N, D, 1), k(type, M, D, 1);
+  const Input q = normals(type, N, D), k = normals(type, M, D);
   Pairs pairs{q.view, k.view, normal() * (integer(0, 3) ? 1 : 20), {}, {}, {}};
   std::vector<int64_t> q_ids(N), k_ids(M);
   if (integer(0, 1)) {
