@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import machine
-from bench.measure import Playback, Race, RaceResult, Timing, run_race
+from bench.measure import Playback, Race, RaceResult, Timing, rates, run_race
 
 _tape = Playback()
 _races = pytest.StashKey[dict[str, RaceResult]]()
@@ -71,25 +71,6 @@ class Measure:
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
     return Measure(benchmark, request)
-
-
-def rates(timing: Timing, flops: float | None, bytes: float | None) -> dict[str, Any]:
-    """What a row says beside its time; keys are absent where nothing was counted."""
-    row: dict[str, Any] = {
-        "p20": timing.quantile(0.2),
-        "median": timing.median,
-        "p80": timing.quantile(0.8),
-        "peak_mb": timing.peak_mb,
-    }
-    if bytes is not None:
-        row |= {"bytes": bytes, "gb_per_s": bytes / timing.median / 1e9}
-    if flops is not None:
-        row |= {"flops": flops, "gflops": flops / timing.median / 1e9}
-        if timing.peak:
-            name, peak = max(timing.peak.items(), key=lambda entry: entry[1])
-            row |= {"peak_gflops": peak, "peak_of": name, "peaks": timing.peak}
-            row["percent_of_peak"] = 100 * row["gflops"] / peak
-    return row
 
 
 @functools.cache

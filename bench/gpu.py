@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from bench import gpu_checks, gpu_races, gpu_report, machine, plots
-from bench.conftest import rates
 from bench.gpu_checks import Check
 from bench.gpu_clock import Budget, Card, Device, Interpreter, run_race
+from bench.measure import rates
 from bench.peers import first_line
 from mmfast import _dispatch
 from mmfast.ops import BACKENDS

@@ -6,7 +6,6 @@ compute-sanitizer.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,15 @@ from mmfast.ops import BACKENDS
 from mmfast.ops import pairwise_lse as pairwise
 from mmfast.ops import slerp as spherical
 from mmfast.ops._inputs import SCORE_TYPE
-from mmfast.testing import CASES, Case, RowsCase, assert_within_budget, poisoned_memory
+from mmfast.testing import (
+    CASES,
+    Case,
+    RowsCase,
+    assert_within_budget,
+    in_double,
+    lse_magnitudes,
+    poisoned_memory,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Inputs = dict[str, Any]
@@ -139,7 +146,7 @@ def check_values(
     """
     subject = SUBJECTS[op]
     inputs = case.inputs(dtype, device=device)
-    exact_inputs = _in_double(subject, inputs)
+    exact_inputs = in_double(inputs)
     upstream = _upstream(subject, inputs)
     got = _results(subject, partial(subject.run, inputs, backend), inputs, upstream)
     eager = _results(subject, partial(subject.reordered, inputs), inputs, upstream)
@@ -222,41 +229,15 @@ def _upstream(subject: Subject, inputs: Inputs) -> list[Tensor]:
     ]
 
 
-def _in_double(subject: Subject, inputs: Inputs) -> Inputs:
-    return {
-        name: x.detach().double().requires_grad_() if name in subject.leaves else x
-        for name, x in inputs.items()
-    }
-
-
 def _reordered_lse(inputs: Inputs) -> tuple[Tensor, ...]:
     flipped = {**inputs, "q": inputs["q"].flip(1), "k": inputs["k"].flip(1)}
     return pairwise.reference(**flipped, columns=True)
 
 
-@torch.no_grad()
 def _lse_magnitudes(
     inputs: Inputs, exact: Results, upstream: list[Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
-    """The sums of the absolute terms behind each result."""
-    q, k, scale = (inputs[name].detach() for name in ("q", "k", "scale"))
-    products = q @ k.T
-    keep = inputs.get("mask", torch.ones_like(products, dtype=torch.bool))
-    if "q_ids" in inputs:
-        keep = keep & (inputs["q_ids"][:, None] != inputs["k_ids"])
-    s = (scale * products).masked_fill(~keep, -math.inf)
-    weights = upstream[0].abs()[:, None] * (s - exact["rows"][:, None]).exp().nan_to_num(0.0)
-    weights += upstream[1].abs() * (s - exact["columns"]).exp().nan_to_num(0.0)
-    of_scores = 1.0 + float((scale * products).abs().max()) + math.log(max(products.shape))
-    # exp(s - lse) takes over the rounding of its argument, or of those of two factors
-    weights *= 1 + of_scores / 2
-    return {
-        "rows": of_scores,
-        "columns": of_scores,
-        "dq": float(scale * (weights @ k.abs()).max()),
-        "dk": float(scale * (weights.T @ q.abs()).max()),
-        "dscale": float((weights * products.abs()).sum()),
-    }
+    return lse_magnitudes(**inputs, rows=exact["rows"], columns=exact["columns"], upstream=upstream)
 
 
 def _reordered_slerp(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -221,6 +221,25 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
+def rates(timing: Timing, flops: float | None, bytes: float | None) -> dict[str, Any]:
+    """What a row says beside its time; keys are absent where nothing was counted."""
+    row: dict[str, Any] = {
+        "p20": timing.quantile(0.2),
+        "median": timing.median,
+        "p80": timing.quantile(0.8),
+        "peak_mb": timing.peak_mb,
+    }
+    if bytes is not None:
+        row |= {"bytes": bytes, "gb_per_s": bytes / timing.median / 1e9}
+    if flops is not None:
+        row |= {"flops": flops, "gflops": flops / timing.median / 1e9}
+        if timing.peak:
+            name, peak = max(timing.peak.items(), key=lambda entry: entry[1])
+            row |= {"peak_gflops": peak, "peak_of": name, "peaks": timing.peak}
+            row["percent_of_peak"] = 100 * row["gflops"] / peak
+    return row
+
+
 class Playback:
     """A clock that advances by one recorded round whenever `step` is called."""
 

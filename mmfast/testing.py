@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -199,6 +199,64 @@ def random_pair(
 def widest(backend: str) -> torch.dtype:
     """The widest type that `backend` takes."""
     return torch.float32 if backend == "triton" else torch.float64
+
+
+LAYOUTS = ("columns of a wider buffer", "every third row", "transposed", "every other column")
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    """A copy of `x` [N, D] that lies between NaN in one of LAYOUTS."""
+    N, D = x.shape
+    views = {
+        "columns of a wider buffer": lambda: x.new_full((N, 2 * D + 3), torch.nan)[:, D : 2 * D],
+        "every third row": lambda: x.new_full((3 * N, D), torch.nan)[::3],
+        "transposed": lambda: x.new_full((D, N), torch.nan).T,
+        "every other column": lambda: x.new_full((N, 2 * D), torch.nan)[:, ::2],
+    }
+    return views[layout]().copy_(x)
+
+
+def in_double(made: dict[str, Any]) -> dict[str, Any]:
+    """A case's inputs for the float64 judge: floating tensors become new float64 leaves."""
+    return {
+        name: x.detach().double().requires_grad_() if x.is_floating_point() else x
+        for name, x in made.items()
+    }
+
+
+@torch.no_grad()
+def lse_magnitudes(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    upstream: Sequence[Tensor],
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> dict[str, float]:
+    """What errors of pairwise_lse are relative to: the sums of the absolute terms of each result.
+
+    All in float64; `upstream` of rows and columns.
+    """
+    products = q @ k.T
+    keep = torch.ones_like(products, dtype=torch.bool) if mask is None else mask
+    if q_ids is not None and k_ids is not None:
+        keep = keep & (q_ids[:, None] != k_ids)
+    s = (scale * products).masked_fill(~keep, -math.inf)
+    weights = upstream[0].abs()[:, None] * (s - rows[:, None]).exp().nan_to_num(0.0)
+    weights += upstream[1].abs() * (s - columns).exp().nan_to_num(0.0)
+    of_scores = 1.0 + float((scale * products).abs().max()) + math.log(max(products.shape))
+    # exp(s - lse) takes over the rounding of its argument, or of those of two factors
+    weights *= 1 + of_scores / 2
+    return {
+        "rows": of_scores,
+        "columns": of_scores,
+        "dq": float(scale * (weights @ k.abs()).max()),
+        "dk": float(scale * (weights.T @ q.abs()).max()),
+        "dscale": float((weights * products.abs()).sum()),
+    }
 
 
 def assert_within_budget(

@@ -14,6 +14,8 @@ from mmfast.testing import (
     assert_within_budget,
     cases,
     find_case,
+    in_double,
+    lse_magnitudes,
     random_pair,
     saved_bytes,
     widest,
@@ -38,37 +40,9 @@ def value_and_gradients(function, made, upstream, **options):
     )
 
 
-def in_double(made):
-    return {
-        name: x.detach().double().requires_grad_() if name in ("q", "k", "scale") else x
-        for name, x in made.items()
-    }
-
-
 def reordered(q, k, scale, **options):
     """The definition, summed in another order: in float64 its error is not zero by identity."""
     return reference(q.flip(1), k.flip(1), scale, **options)
-
-
-def magnitudes(q, k, scale, rows, columns, upstream, q_ids=None, k_ids=None, mask=None):
-    """What errors are relative to: the sums of the absolute terms behind each result."""
-    products = q @ k.T
-    keep = torch.ones_like(products, dtype=torch.bool) if mask is None else mask
-    if q_ids is not None:
-        keep = keep & (q_ids[:, None] != k_ids)
-    s = (scale * products).masked_fill(~keep, -math.inf)
-    weights = upstream[0].abs()[:, None] * (s - rows[:, None]).exp().nan_to_num(0.0)
-    weights += upstream[1].abs() * (s - columns).exp().nan_to_num(0.0)
-    of_scores = 1.0 + float((scale * products).abs().max()) + math.log(max(products.shape))
-    # exp(s - lse) takes over the rounding of its argument, or of those of two factors
-    weights *= 1 + of_scores / 2
-    return {
-        "rows": of_scores,
-        "columns": of_scores,
-        "dq": float(scale * (weights @ k.abs()).max()),
-        "dk": float(scale * (weights.T @ q.abs()).max()),
-        "dscale": float((weights * products.abs()).sum()),
-    }
 
 
 def check_case(case, dtype, backend):
@@ -80,10 +54,9 @@ def check_case(case, dtype, backend):
     got = value_and_gradients(pairwise_lse, made, upstream, backend=backend)
     eager = value_and_gradients(reordered, made, upstream)
     exact = value_and_gradients(reference, double, upstream)
-    with torch.no_grad():
-        sizes = magnitudes(
-            **double, rows=exact["rows"], columns=exact["columns"], upstream=upstream
-        )
+    sizes = lse_magnitudes(
+        **double, rows=exact["rows"], columns=exact["columns"], upstream=upstream
+    )
     types = {"rows": result, "columns": result, "dq": dtype, "dk": dtype, "dscale": torch.float64}
     for name, x in got.items():
         assert x.dtype == types[name]

@@ -5,33 +5,16 @@ import torch
 
 from mmfast import pairwise_lse
 from mmfast.ops.pairwise_lse import reference
-from mmfast.testing import random_pair, widest
+from mmfast.testing import LAYOUTS, random_pair, strided, widest
 
 
 def name_of(value):
     return getattr(value, "id", str(value).removeprefix("torch."))
 
 
-def strided(x, how):
-    N, D = x.shape
-    if how == "columns of a wider buffer":
-        wide = x.new_full((N, 2 * D + 3), torch.nan)
-        view = wide[:, D : 2 * D]
-    elif how == "every third row":
-        view = x.new_full((3 * N, D), torch.nan)[::3]
-    elif how == "transposed":
-        view = x.new_full((D, N), torch.nan).T
-    else:
-        view = x.new_full((N, 2 * D), torch.nan)[:, ::2]
-    return view.copy_(x)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("D", [1, 24])
-@pytest.mark.parametrize(
-    "how",
-    ["columns of a wider buffer", "every third row", "transposed", "every other column"],
-)
+@pytest.mark.parametrize("how", LAYOUTS)
 def test_layouts_do_not_matter(how, D, dtype, backend):
     q, k = random_pair(50, 70, D, dtype=dtype, requires_grad=False)
     mask = torch.rand(70, 50).T < 0.5

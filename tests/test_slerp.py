@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmfast import slerp
 from mmfast.ops._inputs import SCORE_TYPE
 from mmfast.ops.slerp import _bounded, _weight, reference
-from mmfast.testing import RowsCase, assert_within_budget, cases, find_case, saved_bytes
+from mmfast.testing import RowsCase, assert_within_budget, cases, find_case, in_double, saved_bytes
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GOLDEN = np.load(Path(__file__).parent / "golden" / "slerp.npz")
@@ -41,10 +41,6 @@ def value_and_gradients(function, made, g, **options):
     out = function(**made, **options)
     grads = torch.autograd.grad(out, [made[name] for name in NAMES], g.to(out.dtype))
     return dict(zip(("out", "da", "db", "dlam"), (out, *grads), strict=True))
-
-
-def in_double(made):
-    return {name: x.detach().double().requires_grad_() for name, x in made.items()}
 
 
 def reordered(a, b, lam):

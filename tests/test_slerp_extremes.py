@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from mmfast import slerp
 from mmfast.ops.slerp import reference
+from mmfast.testing import LAYOUTS, strided
 
 
 def name_of(value):
@@ -16,25 +17,9 @@ def pair(N, D, dtype=torch.float32):
     return (F.normalize(torch.randn(N, D), dim=1).to(dtype) for _ in range(2))
 
 
-def strided(x, how):
-    N, D = x.shape
-    if how == "columns of a wider buffer":
-        view = x.new_full((N, 2 * D + 3), torch.nan)[:, D : 2 * D]
-    elif how == "every third row":
-        view = x.new_full((3 * N, D), torch.nan)[::3]
-    elif how == "transposed":
-        view = x.new_full((D, N), torch.nan).T
-    else:
-        view = x.new_full((N, 2 * D), torch.nan)[:, ::2]
-    return view.copy_(x)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("D", [1, 24])
-@pytest.mark.parametrize(
-    "how",
-    ["columns of a wider buffer", "every third row", "transposed", "every other column"],
-)
+@pytest.mark.parametrize("how", LAYOUTS)
 def test_layouts_do_not_matter(how, D, dtype, compiled_backend):
     a, b = (0.9 * x for x in pair(50, D, dtype))
     g = torch.randn(50, D).to(dtype)
