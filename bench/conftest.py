@@ -75,7 +75,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
 
 @functools.cache
 def _machine_facts() -> dict[str, Any]:
-    return {**machine.facts(), "tile": machine.tile_against_clock()}
+    return {**machine.facts(), "tile": machine.tile_against_registers()}
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ class Verdict:
 
 
 def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
-    """Every target against the rows of one machine, and its tile's rates against the clock."""
+    """Every target against the rows of one machine, and how its tile fares against its limit."""
     rows = list(rows)
     return [
         _at_least("op forward, N ≥ 2048: ≥ 90 % of peak", _percent(rows, "fwd"), 90, "%"),
@@ -98,14 +98,14 @@ def _percent(rows: list[Row], mode: str) -> Figures:
 
 
 def _tile(tiles: list[dict[str, float]]) -> Verdict:
-    claim = "own float32 tile: ≥ 90 % of 32 flop per cycle and core"
+    claim = "own float32 tile: ≥ 90 % of multiply-adds from registers"
     for tile in tiles:
         if tile["percent"] > 105:
-            # more than the core can do: the clock was read while others held the cores
+            # more than the core can do: the limit was read while others held the cores
             figure = f"{tile['percent']:.0f} %"
             return Verdict(claim, figure, "disturbed: measure again on a quiet machine", None)
     # the best: other work on the machine only ever lowers it
-    best = [max((t["percent"], f"at {t['clock_ghz']:.2f} GHz") for t in tiles)] if tiles else []
+    best = [max((t["percent"], f"{t['tile_gflops']:.0f} GFLOP/s") for t in tiles)] if tiles else []
     return _at_least(claim, best, 90, "%")
 
 

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <initializer_list>
 #include <map>
 #include <string_view>
@@ -267,18 +266,10 @@ double tile_rate(const std::string& type, double seconds, int threads) {
   return mmfast::tile_rate(types.at(type), seconds, threads);
 }
 
-// One dependent addition a cycle.
-double clock_ghz(double seconds) {
+double multiply_add_rate(double seconds, int threads) {
+  check(threads >= 1, "threads must be at least 1");
   py::gil_scoped_release release;
-  const auto begin = std::chrono::steady_clock::now();
-  double elapsed = 0, cycles = 0;
-  unsigned long x = 1;
-  while (elapsed < seconds) {
-    for (int i = 0; i < 1000000; ++i) asm volatile("" : "+r"(x = x + i));
-    cycles += 1e6;
-    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  }
-  return cycles / elapsed * 1e-9;
+  return mmfast::multiply_add_rate(seconds, threads);
 }
 
 std::map<std::string, std::string> build_info() {
@@ -301,7 +292,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("level"));
   m.def("build_info", &build_info);
   m.def("tile_rate", &tile_rate, py::arg("dtype"), py::arg("seconds"), py::arg("threads"));
-  m.def("clock_ghz", &clock_ghz, py::arg("seconds"));
+  m.def("multiply_add_rate", &multiply_add_rate, py::arg("seconds"), py::arg("threads"));
   m.def("pairwise_lse_forward", &forward, py::arg("q"), py::arg("k"), py::arg("scale"),
         py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"), py::arg("rows"), py::arg("columns"),
         py::arg("threads"));

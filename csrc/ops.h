@@ -46,4 +46,7 @@ void slerp_backward(View g, View a, View b, View lam, View da, View db, View dla
 // GFLOP/s of the register tile on operands that stay in cache.
 double tile_rate(Type, double seconds, int threads);
 
+// The same of float32 multiply-adds whose operands stay in registers: what the processor can do.
+double multiply_add_rate(double seconds, int threads);
+
 }  // namespace mmfast

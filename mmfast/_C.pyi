@@ -6,7 +6,7 @@ Errors are ValueError and TypeError; an interrupt ends a long call as KeyboardIn
 from torch import Tensor
 
 def isa() -> str:
-    """The instruction-set level in use: generic, avx2, avx512 or avx512_bf16."""
+    """The instruction-set level in use: generic, avx2, avx512, avx512_bf16 or amx."""
 
 def isa_levels() -> list[str]:
     """The levels this machine can run, lowest first."""
@@ -20,8 +20,8 @@ def build_info() -> dict[str, str]:
 def tile_rate(dtype: str, seconds: float, threads: int) -> float:
     """GFLOP/s of the register tile on data in cache, for "float32", "float64" or "bfloat16"."""
 
-def clock_ghz(seconds: float) -> float:
-    """The core clock, measured by a chain of dependent additions."""
+def multiply_add_rate(seconds: float, threads: int) -> float:
+    """GFLOP/s of float32 multiply-adds whose operands stay in registers."""
 
 def pairwise_lse_forward(
     q: Tensor,

@@ -105,7 +105,9 @@ def test_backward_refuses(changes, error, message):
 
 
 def test_rates_are_positive():
-    assert core.clock_ghz(0.01) > 0
+    assert core.multiply_add_rate(0.001, 1) > 0
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        core.multiply_add_rate(0.001, 0)
     for dtype in ("float32", "float64", "bfloat16"):
         assert core.tile_rate(dtype, 0.001, 1) > 0
     with pytest.raises(ValueError, match="dtype must be float32, float64 or bfloat16, got int8"):

@@ -2,6 +2,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "../levels.h"
 #include "../ops.h"
 
@@ -16,16 +24,34 @@ namespace mmfast {
   void slerp_forward(View, View, View, View, const Run&);                              \
   void slerp_backward(View, View, View, View, View, View, View, const Run&);           \
   double tile_rate(Type, double, int);                                                 \
+  double multiply_add_rate(double, int);                                               \
   }
 MMFAST_DECLARE(generic)
 #if defined(__x86_64__)
 MMFAST_DECLARE(avx2)
 MMFAST_DECLARE(avx512)
 MMFAST_DECLARE(avx512_bf16)
+MMFAST_DECLARE(amx)
 #endif
 #undef MMFAST_DECLARE
 
 namespace {
+
+#if defined(__x86_64__)
+// Linux lets a process have the matrix unit's registers when it asks, once.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d = 0;
+  static const bool granted = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) &&
+                              (d & kTiles) && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct Level {
   const char* name;
@@ -35,13 +61,14 @@ struct Level {
   decltype(&slerp_forward) mix;
   decltype(&slerp_backward) mix_backward;
   decltype(&tile_rate) rate;
+  decltype(&multiply_add_rate) limit;
 };
 
 #define MMFAST_LEVEL_ROW(level, condition)                                         \
   Level {                                                                          \
     #level, [] { return bool(condition); }, level::pairwise_lse_forward,           \
         level::pairwise_lse_backward, level::slerp_forward, level::slerp_backward, \
-        level::tile_rate                                                           \
+        level::tile_rate, level::multiply_add_rate                                 \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -56,6 +83,10 @@ const Level kLevels[] = {
                      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                          __builtin_cpu_supports("fma")),
+    MMFAST_LEVEL_ROW(amx, __builtin_cpu_supports("avx512bf16") &&
+                              __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512dq") &&
+                              __builtin_cpu_supports("avx512vl") && has_amx()),
 #endif
 };
 #undef MMFAST_LEVEL_ROW
@@ -114,5 +145,7 @@ void slerp_backward(View g, View a, View b, View lam, View da, View db, View dla
 double tile_rate(Type type, double seconds, int threads) {
   return current().rate(type, seconds, threads);
 }
+
+double multiply_add_rate(double seconds, int threads) { return current().limit(seconds, threads); }
 
 }  // namespace mmfast

@@ -58,9 +58,9 @@ struct Accumulator {
 
   Accumulator(const View& gradient, long n) : out(gradient), copies(n) {
     if (!out) return;
-    stride = round_up(out.cols, kWidth<T>);
-    const bool direct = copies == 1 && stride == out.cols && out.row_stride == stride &&
+    const bool direct = copies == 1 && out.cols % kWidth<T> == 0 && out.row_stride == out.cols &&
                         out.type == (sizeof(T) == 8 ? Type::f64 : Type::f32);
+    stride = direct ? out.cols : padded<T>(out.cols);
     if (!direct) own = Buffer<T>(copies * out.rows * stride);
     data = direct ? static_cast<T*>(out.data) : static_cast<T*>(own);
   }
@@ -104,8 +104,14 @@ class Gradients {
     k_operand_ = {scores.k_rows, stride};
     storage_ = Buffer<Unit>(run.threads * (kPairs ? 2 : 1) * kTile);
     if constexpr (kPairs) {
-      if (dk) q_pairs_ = Buffer<Unit>((q.rows + 1) / 2 * stride);
-      if (dq) k_pairs_ = Buffer<Unit>((k.rows + 1) / 2 * stride);
+      const auto room = [&](const View& x) {
+        const long lines = round_up((x.rows + 1) / 2, P::kDepth);
+        Buffer<Unit> pairs(lines * stride);
+        std::memset(pairs + x.rows / 2 * stride, 0, (lines - x.rows / 2) * stride * sizeof(Unit));
+        return pairs;
+      };
+      if (dk) q_pairs_ = room(q);
+      if (dq) k_pairs_ = room(k);
       q_operand_.data = q_pairs_;
       k_operand_.data = k_pairs_;
     }

@@ -55,6 +55,9 @@ constexpr int kWidth = kVectorBytes / sizeof(T);
 template <class T>
 constexpr int kTileCols = kTileVectors * kWidth<T>;
 
+// Rows (and columns) of S in hand at once; every wider cut is a multiple of it.
+constexpr long kBlock = 192;
+
 template <class T>
 inline Vec<T> load(const void* from) {
   return *static_cast<const typename Simd<T>::Loose*>(from);
@@ -67,6 +70,22 @@ inline void store(T* to, Vec<T> v) {
 template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
+}
+
+// No value stays in a vector register across this. Before a tile is summed: the compiler would keep
+// constants of its epilogue there, and in their place sums in memory.
+inline void clear_vectors() {
+#if defined(__AVX512F__)
+  asm volatile("" ::
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
+                     "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17",
+                     "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25",
+                     "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+#elif defined(__x86_64__)
+  asm volatile("" ::
+                   : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
+                     "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+#endif
 }
 
 }  // namespace mmfast::MMFAST_LEVEL

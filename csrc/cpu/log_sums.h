@@ -63,12 +63,11 @@ class Strip {
   bool sum(const Scores<P>& scores, const LeftOut<T>& left_out, T factor, long i, long count,
            long j) {
     const bool some = left_out.meets(i, count, j);
-    // the last tile first: rows behind the last are no scores, and `top` must not see them
-    const long last = (count - 1) / kTileRows * kTileRows;
     std::fill_n(columns_, kTileVectors, Vec<T>{});
-    scores.tile(i + last, j, [&](Sums<T>& s) {
+    // rows behind the last are no scores: they are left out here, before `top` sees them
+    const auto first = [&](long r, Sums<T>& s) __attribute__((always_inline)) {
       scale(s, factor);
-      if (some || count % kTileRows) left_out.put(-kInf<T>, s, i + last, count - last, j);
+      if (some || count % kTileRows) left_out.put(-kInf<T>, s, i + r, count - r, j);
       Vec<T> best = s[0][0];
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
@@ -76,19 +75,18 @@ class Strip {
         for (int v = 0; v < kTileVectors; ++v) best = larger<T>(s[r][v], best);
       }
       top_ = largest_lane<T>(best);
-      add(last, s, 1);
-    });
-    if (!std::isfinite(top_)) return false;
-    for (long r = 0; r < last; r += kTileRows) {
-      scores.tile(i + r, j, [&](Sums<T>& s) {
-        if (some) {
-          scale(s, factor);
-          left_out.put(-kInf<T>, s, i + r, kTileRows, j);
-        }
-        add(r, s, some ? 1 : factor);
-      });
-    }
-    return sure(count, std::min(kCols, scores.columns - j));
+      add(r, s, 1);
+      return std::isfinite(top_);
+    };
+    const auto rest = [&](long r, Sums<T>& s) __attribute__((always_inline)) {
+      if (some) {
+        scale(s, factor);
+        left_out.put(-kInf<T>, s, i + r, kTileRows, j);
+      }
+      add(r, s, some ? 1 : factor);
+    };
+    return scores.tiles(i, count, j, first, rest) &&
+           sure(count, std::min(kCols, scores.columns - j));
   }
 
   void merge(LogSums<T>& rows, long i, long count, LogSums<T>* columns, long j) const {

@@ -5,23 +5,25 @@
 #include "isa.h"
 
 // The register tile and the product made of it.
-//   f32  in -> f32 accumulate;  f64 in -> f64 accumulate;  bf16 in -> f32 accumulate (dpbf16)
+//   f32  in -> f32 accumulate;  f64 in -> f64 accumulate;  bf16 in -> f32 accumulate (dpbf16; on a
+//   matrix unit, where there is one: amx.h)
 //   f16, and bf16 where there is no dpbf16, are widened to f32 on packing (pack.h)
 // Operands are counted in units: what one lane of a vector holds of them. A bf16 unit is a pair of
-// neighbours along the summed dimension.
+// neighbours along the summed dimension. The arithmetic takes kDepth units and kRows rows at a
+// time.
 namespace mmfast::MMFAST_LEVEL {
 
 struct F32 {
   using Scalar = float;
   using Unit = float;
-  static constexpr int kPack = 1;
+  static constexpr int kPack = 1, kRows = kTileRows, kDepth = 1;
   static Vec<float> dot(Vec<float> c, float a, Vec<float> b) { return c + a * b; }
 };
 
 struct F64 {
   using Scalar = double;
   using Unit = double;
-  static constexpr int kPack = 1;
+  static constexpr int kPack = 1, kRows = kTileRows, kDepth = 1;
   static Vec<double> dot(Vec<double> c, double a, Vec<double> b) { return c + a * b; }
 };
 
@@ -29,7 +31,7 @@ struct F64 {
 struct BF16 {
   using Scalar = float;
   using Unit = uint32_t;
-  static constexpr int kPack = 2;
+  static constexpr int kPack = 2, kRows = kTileRows, kDepth = 1;
   static Vec<float> dot(Vec<float> c, uint32_t a, Vec<float> b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
   }
@@ -46,6 +48,14 @@ struct Matrix {
   Matrix at(long i, long j) const { return {data + i * stride + j, stride}; }
 };
 
+// Products on a matrix unit, whose registers a thread holds while this lives.
+template <class P>
+constexpr bool kOnTiles = P::kDepth > 1;
+template <class P>
+struct TileRegisters {
+  TileRegisters() {}
+};
+
 // A tile of results while it is in registers.
 template <class T, int kVectors = kTileVectors>
 using Sums = Vec<T>[kTileRows][kVectors];
@@ -58,6 +68,7 @@ template <class P, int kVectors, Stride kStride, bool kFetch, class Use>
                                              Matrix<const typename P::Unit> b,
                                              Matrix<typename P::Scalar> fetched, Use use) {
   using T = typename P::Scalar;
+  clear_vectors();
   Sums<T, kVectors> sum = {};
   // three rows a pointer: x86 addresses base + {0, 1, 2} * stride in one operand
   const typename P::Unit* base[(kTileRows + 2) / 3];
@@ -106,6 +117,20 @@ inline void tile(long depth, Matrix<const typename P::Unit> a, Matrix<const type
   });
 }
 
+// One panel of S, kTileCols wide, written as whole tiles.
+template <class P>
+void strip(long rows, long depth, Matrix<const typename P::Unit> a, const typename P::Unit* b,
+           Matrix<typename P::Scalar> c) {
+  if constexpr (kOnTiles<P>) {
+    P::strip(rows, depth, a, b, c);
+  } else {
+    const Matrix<const typename P::Unit> panel{b, kTileCols<typename P::Scalar>};
+    for (long i = 0; i < rows; i += kTileRows) {
+      tile<P, kTileVectors, Stride::rows, false>(depth, a.at(i, 0), panel, c.at(i, 0));
+    }
+  }
+}
+
 // One panel of C, at most kTileCols wide. A ragged last tile goes through a spare one, so that no
 // row outside the panel is written.
 template <class P, int kVectors, Stride kStride, bool kAdd>
@@ -142,22 +167,26 @@ void panel(long rows, long depth, Matrix<const typename P::Unit> a,
 template <class P, Stride kStride>
 void add_product(long rows, long cols, long depth, Matrix<const typename P::Unit> a,
                  Matrix<const typename P::Unit> b, Matrix<typename P::Scalar> c) {
-  constexpr int kCols = kTileCols<typename P::Scalar>, kVector = kWidth<typename P::Scalar>;
-  for (long j = 0; j < cols; j += kCols) {
-    const auto bj = b.at(0, j);
-    const auto cj = c.at(0, j);
-    switch (std::min<long>(kTileVectors, (cols - j + kVector - 1) / kVector)) {
-      case 1:
-        panel<P, 1, kStride, true>(rows, depth, a, bj, cj);
-        break;
-      case 2:
-        panel<P, 2, kStride, true>(rows, depth, a, bj, cj);
-        break;
-      case 3:
-        panel<P, std::min(3, kTileVectors), kStride, true>(rows, depth, a, bj, cj);
-        break;
-      default:
-        panel<P, kTileVectors, kStride, true>(rows, depth, a, bj, cj);
+  if constexpr (kOnTiles<P>) {
+    P::template add_product<kStride>(rows, cols, depth, a, b, c);
+  } else {
+    constexpr int kCols = kTileCols<typename P::Scalar>, kVector = kWidth<typename P::Scalar>;
+    for (long j = 0; j < cols; j += kCols) {
+      const auto bj = b.at(0, j);
+      const auto cj = c.at(0, j);
+      switch (std::min<long>(kTileVectors, (cols - j + kVector - 1) / kVector)) {
+        case 1:
+          panel<P, 1, kStride, true>(rows, depth, a, bj, cj);
+          break;
+        case 2:
+          panel<P, 2, kStride, true>(rows, depth, a, bj, cj);
+          break;
+        case 3:
+          panel<P, std::min(3, kTileVectors), kStride, true>(rows, depth, a, bj, cj);
+          break;
+        default:
+          panel<P, kTileVectors, kStride, true>(rows, depth, a, bj, cj);
+      }
     }
   }
 }

@@ -114,10 +114,11 @@ constexpr long padded(long n) {
 template <class P>
 struct Shape {
   using T = typename P::Scalar;
-  long D, units, stride, depth_stride;
+  long D, units, depth, stride, depth_stride;  // depth: units, whole steps of the arithmetic
   explicit Shape(long width)
       : D(width),
         units((width + P::kPack - 1) / P::kPack),
+        depth(round_up(units, P::kDepth)),
         stride(padded<T>(units)),
         depth_stride(padded<T>(width)) {}
 };
@@ -136,23 +137,24 @@ inline void pack_row(const View& x, long i, const Shape<P>& shape, typename P::U
   std::memset(out + shape.units, 0, (shape.stride - shape.units) * sizeof(Unit));
 }
 
-// kTileCols rows side by side, [units, kTileCols]: B of S = q kT. `rows` may be fewer.
+// kTileCols rows side by side, [depth, kTileCols]: B of S = q kT. `rows` may be fewer. A matrix
+// unit wants what one of its registers holds together: [kTileCols / kWidth, depth, kWidth].
 template <class P>
 inline void pack_panel(const typename P::Unit* packed, long rows, const Shape<P>& shape,
                        typename P::Unit* out) {
   using T = typename P::Scalar;
-  constexpr long kCols = kTileCols<T>;
-  for (long d = 0; d < shape.units; d += kWidth<T>) {
+  using Unit = typename P::Unit;
+  constexpr long kCols = kTileCols<T>, kLine = kOnTiles<P> ? kWidth<T> : kCols;
+  for (long d = 0; d < shape.depth; d += kWidth<T>) {
     for (long j = 0; j < kCols; j += kWidth<T>) {
       Vec<T> block[kWidth<T>];
       for (long r = 0; r < kWidth<T>; ++r) {
         block[r] = j + r < rows ? load<T>(packed + (j + r) * shape.stride + d) : Vec<T>{};
       }
       transpose<T>(block);
-      const long depth = std::min<long>(kWidth<T>, shape.units - d);
-      for (long p = 0; p < depth; ++p) {
-        store(reinterpret_cast<T*>(out + (d + p) * kCols + j), block[p]);
-      }
+      const long depth = std::min<long>(kWidth<T>, shape.depth - d);
+      Unit* to = out + (kOnTiles<P> ? j * shape.depth : j) + d * kLine;
+      for (long p = 0; p < depth; ++p) store(reinterpret_cast<T*>(to + p * kLine), block[p]);
     }
   }
 }

@@ -36,6 +36,7 @@ void forward(const Pairs& pairs, const View& rows, const View& columns, const Ru
   // whether one maximum did for the last strip of a lane; it says much of the next one
   std::vector<char> trust(lanes.count, true);
   sweep(grid, run, [&](long lane, long group, int thread) {
+    const TileRegisters<P> held;
     auto& strip = strips[thread];
     LogSums<T>* const out = columns ? &column_state : nullptr;
     const long shift = lane / grid.groups * padded_M;
@@ -189,6 +190,7 @@ double backward(const Pairs& pairs, const View& g_rows, const View& g_columns, c
   Buffer<typename Backward<P>::Factors> factors(run.threads);
   std::vector<double> scale_sums(lanes.count, 0.0);
   sweep(grid, run, [&](long lane, long group, int thread) {
+    const TileRegisters<P> held;
     auto& f = factors[thread];
     for (long i = lanes.begin(lane); i < lanes.end(lane); i += kBlock) {
       const long count = std::min(kBlock, lanes.end(lane) - i);
@@ -197,22 +199,22 @@ double backward(const Pairs& pairs, const View& g_rows, const View& g_columns, c
         pass.weigh(i, count, j0, width, f);
         for (long j = j0; j < j0 + width; j += kCols) {
           const bool some = pass.left_out.meets(i, count, j);
-          for (long r = 0; r < count; r += kTileRows) {
+          const auto each = [&](long r, Sums<T>& s) __attribute__((always_inline)) {
             const long high = std::min<long>(kTileRows, count - r);
-            scores.tile(i + r, j, [&](Sums<T>& s) {
-              if (only_scale) {
-                pass.template gradient<true>(s, i, r, j0, j - j0, f);
-              } else {
-                pass.template gradient<false>(s, i, r, j0, j - j0, f);
-              }
-              if (some || high < kTileRows) pass.left_out.put(0, s, i + r, high, j);
-              if (only_scale) {
-                scale_sums[lane] += total<T>(s);
-              } else {
-                gradients.put(thread, r, j - j0, s);
-              }
-            });
-          }
+            if (only_scale) {
+              pass.template gradient<true>(s, i, r, j0, j - j0, f);
+            } else {
+              pass.template gradient<false>(s, i, r, j0, j - j0, f);
+            }
+            if (some || high < kTileRows) pass.left_out.put(0, s, i + r, high, j);
+            if (only_scale) {
+              scale_sums[lane] += total<T>(s);
+            } else {
+              gradients.put(thread, r, j - j0, s);
+            }
+            return true;
+          };
+          scores.tiles(i, count, j, each, each);
         }
         gradients.add(thread, lane, i, count, j0, width);
       }

@@ -2,16 +2,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "pack.h"
+#include "amx.h"
 #include "parallel.h"
 #include "vmath.h"
 
 // The tile loop: who visits which rows and columns of S, what a visit multiplies, which pairs it
 // leaves out. What happens to the scores is the op's own epilogue (<stem>.cpp).
 namespace mmfast::MMFAST_LEVEL {
-
-// Rows (and columns) of S in hand at once; every wider cut is a multiple of it.
-constexpr long kBlock = 192;
 
 // One side of S in lanes or groups: at most 64, at least 64 wide, by the shape alone. Eight are
 // enough to keep threads busy while short, and wider ones make deeper products.
@@ -139,8 +136,8 @@ struct Scores {
   Scores(const View& q, const View& k, bool keep_k, const Run& run)
       : shape(q.cols),
         columns(k.rows),
-        rows((q.rows + kTileRows) * shape.stride),
-        panels(round_up(k.rows, kCols) * shape.units) {
+        rows((q.rows + P::kRows) * shape.stride),
+        panels(round_up(k.rows, kCols) * shape.depth) {
     if (keep_k) k_rows = Buffer<Unit>(k.rows * shape.stride);
     Buffer<Unit> spare(run.threads * kCols * shape.stride);
     for_each_chunk(q.rows, run, [&](long begin, long end, int) {
@@ -153,7 +150,7 @@ struct Scores {
       }
       pack_panel<P>(packed, end - begin, shape, panel(begin));
     });
-    std::memset(row(q.rows), 0, kTileRows * shape.stride * sizeof(Unit));
+    std::memset(row(q.rows), 0, P::kRows * shape.stride * sizeof(Unit));
   }
 
   // work(begin, end, thread) for rows in chunks as high as a panel is wide
@@ -165,22 +162,52 @@ struct Scores {
   }
 
   Unit* row(long i) const { return rows + i * shape.stride; }
-  Unit* panel(long j) const { return panels + j * shape.units; }
+  Unit* panel(long j) const { return panels + j * shape.depth; }
 
-  // use(sums) with <q_i, k_j> for kTileRows rows from i on and kCols columns from j on.
-  template <class Use>
-  [[gnu::always_inline]] void tile(long i, long j, Use use) const {
-    tile_sums<P, kTileVectors, Stride::rows, false>(shape.units, {row(i), shape.stride},
-                                                    {panel(j), kCols}, {}, use);
+  // <q_i, k_j> for `count` rows from i on and kCols columns from j on, tile by tile in registers:
+  // the last tile to first(r, sums), r the row it begins with, and if that says yes the others to
+  // rest(r, sums).
+  template <class First, class Rest>
+  [[gnu::always_inline]] bool tiles(long i, long count, long j, First first, Rest rest) const {
+    const long last = (count - 1) / kTileRows * kTileRows;
+    if constexpr (kOnTiles<P>) {
+      // made at once and read from the cache
+      alignas(kVectorBytes) T stored[(kBlock + kTileRows) * kCols];
+      strip(i, count, j, {stored, kCols});
+      Sums<T> sums;
+      const auto fetch = [&](long r) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int u = 0; u < kTileRows; ++u) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kTileVectors; ++v) {
+            sums[u][v] = load<T>(stored + (r + u) * kCols + v * kWidth<T>);
+          }
+        }
+      };
+      fetch(last);
+      if (!first(last, sums)) return false;
+      for (long r = 0; r < last; r += kTileRows) {
+        fetch(r);
+        rest(r, sums);
+      }
+    } else {
+      const auto tile = [&](long r, auto use) __attribute__((always_inline)) {
+        tile_sums<P, kTileVectors, Stride::rows, false>(shape.units, {row(i + r), shape.stride},
+                                                        {panel(j), kCols}, {}, use);
+      };
+      bool good = true;
+      tile(last, [&](Sums<T>& sums) __attribute__((always_inline)) { good = first(last, sums); });
+      if (!good) return false;
+      for (long r = 0; r < last; r += kTileRows) {
+        tile(r, [&](Sums<T>& sums) __attribute__((always_inline)) { rest(r, sums); });
+      }
+    }
+    return true;
   }
 
-  // The same for `count` rows, written as whole tiles.
+  // The same, written as whole tiles.
   void strip(long i, long count, long j, Matrix<T> s) const {
-    const Matrix<const Unit> a{row(i), shape.stride}, b{panel(j), kCols};
-    for (long r = 0; r < count; r += kTileRows) {
-      MMFAST_LEVEL::tile<P, kTileVectors, Stride::rows, false>(shape.units, a.at(r, 0), b,
-                                                               s.at(r, 0));
-    }
+    MMFAST_LEVEL::strip<P>(count, shape.depth, {row(i), shape.stride}, panel(j), s);
   }
 };
 
@@ -190,7 +217,10 @@ auto with_arithmetic(Type type, Body body) {
   switch (type) {
     case Type::f64:
       return body(F64{});
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    case Type::bf16:
+      return body(AMX{});
+#elif defined(__AVX512BF16__)
     case Type::bf16:
       return body(BF16{});
 #endif

@@ -10,6 +10,7 @@ MMFAST_DECLARE(generic)
 MMFAST_DECLARE(avx2)
 MMFAST_DECLARE(avx512)
 MMFAST_DECLARE(avx512_bf16)
+MMFAST_DECLARE(amx)
 #endif
 
 void test_every_level() {
@@ -19,6 +20,7 @@ void test_every_level() {
     if (name == "avx2") mmfast::avx2::test();
     if (name == "avx512") mmfast::avx512::test();
     if (name == "avx512_bf16") mmfast::avx512_bf16::test();
+    if (name == "amx") mmfast::amx::test();
 #endif
   }
 }
