@@ -1,10 +1,6 @@
 #pragma once
 #include "pack.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 // Rows in the type they have in memory, read and written as vectors of the accumulator: for ops
 // that visit a row once and would gain nothing from packing it.
 namespace mmfast::MMFAST_LEVEL {
@@ -18,8 +14,6 @@ struct F16 {
 
 template <class E>
 using Wide = std::conditional_t<sizeof(E) == 8, double, float>;
-template <class E>
-constexpr bool kHalf = sizeof(E) == 2;
 
 // body(E{}) with the element type behind a view
 template <class Body>
@@ -36,56 +30,76 @@ void with_element(Type type, Body body) {
   }
 }
 
+// What is read or written at once, as vectors of the accumulator. Two neighbours in bf16 fill a
+// lane of 32 bits and come apart without a shuffle: into a vector of the even ones and one of the
+// odd.
+template <class E>
+constexpr int kParts = std::is_same_v<E, Bf16> ? 2 : 1;
+template <class E>
+constexpr long kSpan = kParts<E> * kWidth<Wide<E>>;
+template <class E>
+struct Span {
+  Vec<Wide<E>> parts[kParts<E>];
+};
+
+// A span as memory holds it.
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint16_t LooseHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-
-// kWidth elements as memory holds them.
 template <class E>
-using Packed = std::conditional_t<kHalf<E>, Halves, Vec<Wide<E>>>;
+using Packed = std::conditional_t<std::is_same_v<E, F16>, Halves, Vec<Wide<E>>>;
 
 template <class E>
-[[gnu::always_inline]] inline Vec<Wide<E>> widen(Packed<E> x) {
-  if constexpr (kHalf<E>) {
-    using Bits = Simd<float>::Bits;
-    const Bits bits = __builtin_convertvector(x, Bits);
-    if constexpr (std::is_same_v<E, Bf16>) return (Vec<float>)(bits << 16);
+[[gnu::always_inline]] inline Span<E> widen(Packed<E> x) {
+  using Bits = Simd<float>::Bits;
+  if constexpr (std::is_same_v<E, Bf16>) {
+    return {(Vec<float>)((Bits)x << 16), (Vec<float>)((Bits)x & 0xffff0000)};
+  } else if constexpr (std::is_same_v<E, F16>) {
 #if defined(__AVX512F__)
-    return (Vec<float>)_mm512_cvtph_ps((__m256i)x);
+    return {(Vec<float>)_mm512_cvtph_ps((__m256i)x)};
 #elif defined(__F16C__)
-    return (Vec<float>)_mm256_cvtph_ps((__m128i)x);
+    return {(Vec<float>)_mm256_cvtph_ps((__m128i)x)};
 #else
     // as float_of_f16
+    const Bits bits = __builtin_convertvector(x, Bits);
     const Bits magnitude = (bits & 0x7fff) << 13;
     const Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;
     const Bits top = (Bits)((Ints<float>)magnitude >= 0x0f800000) & 0x7f800000;
-    return (Vec<float>)((Bits)scaled | (bits & 0x8000) << 16 | top);
+    return {(Vec<float>)((Bits)scaled | (bits & 0x8000) << 16 | top)};
 #endif
   } else {
-    return x;
+    return {x};
   }
 }
 
 // Rounds to nearest, ties to even.
 template <class E>
-[[gnu::always_inline]] inline Packed<E> narrow(Vec<Wide<E>> x) {
-  if constexpr (kHalf<E>) {
-    using Bits = Simd<float>::Bits;
-    const Bits bits = (Bits)x;
-    if constexpr (std::is_same_v<E, Bf16>) {
+[[gnu::always_inline]] inline Packed<E> narrow(Span<E> x) {
+  using Bits [[maybe_unused]] = Simd<float>::Bits;
+  if constexpr (std::is_same_v<E, Bf16>) {
+    const auto [even, odd] = x.parts;
 #if defined(__AVX512BF16__)
-      return (Halves)_mm512_cvtneps_pbh((__m512)x);  // f32 denormals become 0
+    // f32 denormals become 0; the even ones come out in one half, the odd ones in the other
+    typedef uint16_t Lanes __attribute__((vector_size(kVectorBytes)));
+    const auto halves = (Lanes)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    const Lanes dealt = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (Vec<float>)__builtin_shuffle(halves, dealt);
+#else
+    // as bf16_of_float
+    const auto rounded = [](Vec<float> v) {
+      const Bits bits = (Bits)v;
+      return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+    };
+    return (Vec<float>)(rounded(even) >> 16 | (rounded(odd) & 0xffff0000));
 #endif
-      // as bf16_of_float
-      const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      return __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, Halves);
-    }
+  } else if constexpr (std::is_same_v<E, F16>) {
+    const Vec<float> v = x.parts[0];
 #if defined(__AVX512F__)
-    return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
-    return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+    return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
     // as f16_of_float
-    const Bits sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    const Bits bits = (Bits)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
     const auto size = (Ints<float>)magnitude;
     Bits half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
     const Bits denormal = (Bits)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
@@ -95,60 +109,46 @@ template <class E>
     return __builtin_convertvector(half | sign, Halves);
 #endif
   } else {
-    return x;
+    return x.parts[0];
   }
 }
 
-template <class E>
-[[gnu::always_inline]] inline Vec<Wide<E>> read(const E* from) {
-  if constexpr (kHalf<E>) {
-    return widen<E>(*reinterpret_cast<const LooseHalves*>(from));
-  } else {
-    return load<E>(from);
-  }
-}
 // the first `count` elements, zeros behind them
 template <class E>
-inline Vec<Wide<E>> read(const E* from, long count) {
-  Packed<E> spare = {};
-  std::memcpy(&spare, from, count * sizeof(E));
-  return widen<E>(spare);
-}
-
-// kPast: past the caches, which spares reading a line that is overwritten in full; the address is
-// a multiple of the vector's size, and fence() comes before another thread may look.
-template <bool kPast, class E>
-[[gnu::always_inline]] inline void write(E* to, Vec<Wide<E>> x) {
-  const Packed<E> packed = narrow<E>(x);
-#if defined(__x86_64__)
-  if constexpr (kPast) {
-    if constexpr (sizeof(packed) == 8) {
-      _mm_stream_si64(reinterpret_cast<long long*>(to), (long long)packed);
-    } else if constexpr (sizeof(packed) == 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)packed);
-#if defined(__AVX__)
-    } else if constexpr (sizeof(packed) == 32) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)packed);
-#endif
-#if defined(__AVX512F__)
-    } else {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)packed);
-#endif
-    }
-    return;
-  }
-#endif
-  if constexpr (kHalf<E>) {
-    *reinterpret_cast<LooseHalves*>(to) = packed;
-  } else {
-    store(to, packed);
-  }
+[[gnu::always_inline]] inline Span<E> read(const E* from, long count = kSpan<E>) {
+  Packed<E> packed = {};
+  std::memcpy(&packed, from, count * sizeof(E));
+  return widen<E>(packed);
 }
 // the first `count` elements only
 template <class E>
-inline void write(E* to, Vec<Wide<E>> x, long count) {
+[[gnu::always_inline]] inline void write(E* to, Span<E> x, long count = kSpan<E>) {
   const Packed<E> packed = narrow<E>(x);
   std::memcpy(to, &packed, count * sizeof(E));
+}
+
+// Past the caches, which spares reading a line that is overwritten in full; the address is a
+// multiple of the vector's size, and fence() comes before another thread may look.
+template <class E>
+[[gnu::always_inline]] inline void write_past(E* to, Span<E> x) {
+#if defined(__x86_64__)
+  const Packed<E> packed = narrow<E>(x);
+  if constexpr (sizeof(packed) == 8) {
+    _mm_stream_si64(reinterpret_cast<long long*>(to), (long long)packed);
+  } else if constexpr (sizeof(packed) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)packed);
+#if defined(__AVX__)
+  } else if constexpr (sizeof(packed) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)packed);
+#endif
+#if defined(__AVX512F__)
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)packed);
+#endif
+  }
+#else
+  write(to, x);
+#endif
 }
 
 inline void fence() {

@@ -24,6 +24,15 @@ inline Vec<T> select(Ints<T> where, Vec<T> a, Vec<T> b) {
   return where ? a : b;
 }
 
+// c[0] + c[1] x + c[2] x^2 + ...
+template <class T, int kCount>
+inline Vec<T> polynomial(const double (&c)[kCount], Vec<T> x) {
+  Vec<T> sum = broadcast<T>(c[kCount - 1]);
+#pragma GCC unroll 12
+  for (int i = kCount - 2; i >= 0; --i) sum = sum * x + broadcast<T>(c[i]);
+  return sum;
+}
+
 // 2^f on [-1/2, 1/2], least relative error (Remez): 7e-5, 3e-6, 9e-8, and 3e-18 for degree 11.
 // Where sums are merged over and over, 2^0 must be 1, or they drift; degree 3 makes gradients only.
 template <int kDegree>
@@ -63,7 +72,6 @@ struct Exp2Poly<11> {
 template <int kDegree, class T>
 inline Vec<T> exp2(Vec<T> x) {
   using Poly = Exp2Poly<sizeof(T) == 8 ? 11 : kDegree>;
-  constexpr int kLast = sizeof(Poly::c) / sizeof(double) - 1;
   constexpr T kLowest = sizeof(T) == 8 ? -1022 : -126;
   // clamped on both sides of the polynomial: -inf - -inf would be NaN
   Vec<T> bounded = larger<T>(broadcast<T>(kLowest - 64), x);
@@ -81,9 +89,7 @@ inline Vec<T> exp2(Vec<T> x) {
   const Vec<T> n = shifted - kMagic;
 #endif
   const Vec<T> f = bounded - n;
-  Vec<T> p = broadcast<T>(Poly::c[kLast]);
-#pragma GCC unroll 12
-  for (int i = kLast - 1; i >= 0; --i) p = p * f + broadcast<T>(Poly::c[i]);
+  const Vec<T> p = polynomial<T>(Poly::c, f);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
   if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
@@ -155,6 +161,10 @@ inline bool all(Ints<T> v) {
   typename Simd<T>::Int both = -1;
   for (int i = 0; i < kWidth<T>; ++i) both &= v[i];
   return both != 0;
+}
+template <class T>
+inline bool any(Ints<T> v) {
+  return !all<T>(~v);
 }
 
 }  // namespace mmfast::MMFAST_LEVEL

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int e = 0; e < P::kPack; ++e) dot[0] += widen(x.x[e]) * widen(y.x[e]);
     });
     add_over_row<P>(dot);
-    const slerp::Angle<W> angle(dot[0]);
+    const slerp::Angle<slerp::Scalar<W>> angle(dot[0]);
     const W k1 = angle.weight(lam), k2 = angle.weight(1 - lam);
     auto* out = reinterpret_cast<typename P::Packed*>(out_.row(i));
     P::each_pack(packs, [&](long pack, int turn) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     });
     add_over_row<P>(sums);
     const auto [dot, g_a, g_b] = sums;
-    const slerp::Angle<W> angle(dot);
+    const slerp::Angle<slerp::Scalar<W>> angle(dot);
     if (dlam.data && threadIdx.x % P::kLanes == 0) {
       *dlam.row(i) = g_a * angle.weight_by_lam(lam) - g_b * angle.weight_by_lam(1 - lam);
     }

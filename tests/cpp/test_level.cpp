@@ -1,8 +1,11 @@
-// What a level's headers compute: exponentials, row sums, half types, the tile's product.
+// What a level's headers compute: exponentials, angles, row sums, half types, the tile's product.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "../../csrc/cpu/sweep.h"
+#include "../../csrc/cpu/trig.h"
+#include "../../csrc/slerp.h"
 #include "check.h"
 
 namespace mmfast::MMFAST_LEVEL {
@@ -35,6 +38,78 @@ void check_exp2(double tolerance) {
   mixed = exp2<kDegree, T>(mixed);
   CHECK(std::isnan(mixed[0]) && std::abs(mixed[1] - 2) < 1e-3);
   CHECK((larger<T>(broadcast(nan), broadcast(T(3)))[0] == 3));
+}
+
+// Within `units` of the last place of `exact`, or within `floor`.
+template <class T>
+void check_near(T y, long double exact, double units, long double floor, T x, const char* name) {
+  const T near = std::abs(T(exact)), above = std::nextafter(near, T(10));
+  CHECK(std::abs(y - exact) <= std::max(units * (long double)(above - near), floor),
+        "%s %.17g = %.17Lg, got %.17g", name, double(x), exact, double(y));
+}
+
+template <class T>
+void check_angles() {
+  using Maths = Lanes<T>;
+  const auto check_wave = [](T x, double units, long double floor) {
+    // in one lane, beside some that need no reduction
+    Vec<T> mixed = broadcast(T(0));
+    mixed[1] = x;
+    const Vec<T> sine = Maths::sin(mixed), cosine = Maths::cos(mixed);
+    check_near<T>(sine[1], std::sin((long double)x), units, floor, x, "sin");
+    check_near<T>(cosine[1], std::cos((long double)x), units, floor, x, "cos");
+    CHECK(sine[0] == 0 && cosine[0] == 1, "beside %g", double(x));
+  };
+  for (double x = -10; x <= 10; x += 0.00137) check_wave(T(x), 2, 0);
+  // near a multiple of pi/2 the last of its digits count
+  const long double floor = sizeof(T) == 4 ? 1e-9 : 1e-18;
+  for (int i = 0; i < 20000; ++i) check_wave(T(integer(-16384000, 16384000) / 1e3), 3, floor);
+  for (double x = 16384; x < 1e30; x *= -1.37) check_wave(T(x), 2, 0);
+
+  const auto check_acos = [](T x) {
+    check_near<T>(Maths::acos(broadcast(x))[1], std::acos((long double)x), 2, 0, x, "acos");
+  };
+  for (double x = -1; x <= 1; x += 0.000137) check_acos(T(x));
+  for (double x = 1; x > 1e-20; x *= 0.99) {
+    for (const T near : {T(1 - x), T(x - 1), T(x), T(-x)}) check_acos(near);
+  }
+  CHECK(Maths::acos(broadcast(T(1)))[0] == 0);
+
+  const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  for (const T x : {inf, -inf, nan}) {
+    Vec<T> mixed = broadcast(T(1));
+    mixed[0] = x;
+    const Vec<T> found[] = {Maths::sin(mixed), Maths::cos(mixed), Maths::acos(mixed)};
+    for (const Vec<T>& y : found) CHECK(std::isnan(y[0]) && !std::isnan(y[1]), "%g", double(x));
+  }
+}
+
+// one copy in the code, as in the op: where products are summed, each may be fused in its own way
+template <class T>
+[[gnu::noinline]] void weigh(Vec<T> c, Vec<T> lam, Vec<T>* out) {
+  const slerp::Angle<Lanes<T>> angle(c);
+  out[0] = angle.weight(lam);
+  out[1] = angle.weight_by_lam(lam);
+  out[2] = angle.weight_by_c(lam);
+}
+
+// The weights of a row have the same bits whichever rows stand beside it.
+template <class T>
+void check_rows_alone() {
+  for (int round = 0; round < 2000; ++round) {
+    Vec<T> c, lam, mixed[3], alone[3];
+    for (int i = 0; i < kWidth<T>; ++i) {
+      c[i] = T(integer(-11, 11) / 10.0), lam[i] = T(0.5 + normal());
+      if (integer(0, 9) == 0) lam[i] *= T(1e6);
+    }
+    weigh<T>(c, lam, mixed);
+    for (int i = 0; i < kWidth<T>; ++i) {
+      weigh<T>(broadcast(c[i]), broadcast(lam[i]), alone);
+      for (int k = 0; k < 3; ++k) {
+        CHECK(mixed[k][i] == alone[k][0], "%d: c = %g, lam = %g", k, double(c[i]), double(lam[i]));
+      }
+    }
+  }
 }
 
 template <class T>
@@ -134,6 +209,10 @@ void test() {
   check_exp2<float, 4>(3e-6);
   check_exp2<float, 5>(3e-7);
   check_exp2<double, 11>(5e-16);
+  check_angles<float>();
+  check_angles<double>();
+  check_rows_alone<float>();
+  check_rows_alone<double>();
   check_sums<float>();
   check_sums<double>();
   check_transpose<float>();
