@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -56,6 +57,18 @@ void* take_block(std::size_t bytes) {
 #endif
   block->bytes = size;
   return content(block);
+}
+
+void expect_writes(void* data, std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::size_t kWorthIt = std::size_t{4} << 20, kPage = 4096;
+  if (bytes < kWorthIt) return;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 void give_block(void* data) {

@@ -12,6 +12,11 @@ constexpr std::size_t kKept = std::size_t{256} << 20;
 void* take_block(std::size_t bytes);
 void give_block(void* block);
 
+// Somebody else's memory that is about to be written whole: in huge pages where it is new and
+// large, as numpy does with its arrays from this size on. Each fresh page of 4 KiB costs as much as
+// writing it a few times over.
+void expect_writes(void* data, std::size_t bytes);
+
 template <class T>
 class Buffer {
  public:

@@ -132,8 +132,10 @@ struct Rows {
 
   explicit Rows(const View& v) : view(v) {
     const auto aligned = [](long bytes) { return bytes % kVectorBytes == 0; };
-    past = v.rows * v.cols * long(sizeof(E)) > kPastBytes && aligned(v.cols * sizeof(E)) &&
-           aligned(v.row_stride * sizeof(E)) && aligned(reinterpret_cast<uintptr_t>(v.data));
+    const long bytes = v.rows * v.cols * long(sizeof(E));
+    if (v.row_stride == v.cols) expect_writes(v.data, bytes);
+    past = bytes > kPastBytes && aligned(v.cols * sizeof(E)) && aligned(v.row_stride * sizeof(E)) &&
+           aligned(reinterpret_cast<uintptr_t>(v.data));
   }
   void put(long i, Wide<E> x, const E* a, Wide<E> y, const E* b) const {
     E* out = &view.at<E>(i);

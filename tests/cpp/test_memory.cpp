@@ -1,4 +1,5 @@
 // Scratch blocks: aligned, kept for the next call of about the same size, and not without end.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <set>
@@ -36,6 +37,11 @@ int main() {
   CHECK(newest == blocks.back());
   give_block(newest);
   give_block(nullptr);
+  // an expectation changes nothing, wherever the memory begins and ends
+  std::vector<char> text(std::size_t{9} << 20, 'x');
+  expect_writes(text.data() + 1, text.size() - 5);
+  expect_writes(text.data(), 3);
+  CHECK(std::all_of(text.begin(), text.end(), [](char c) { return c == 'x'; }));
   Buffer<double> buffer(10), moved(std::move(buffer));
   CHECK(static_cast<double*>(buffer) == nullptr && static_cast<double*>(moved) != nullptr);
 }
