@@ -5,9 +5,31 @@ import torch  # noqa: F401
 
 from mmfast import nn
 from mmfast.losses.clip import clip_loss, info_nce
+from mmfast.losses.gmc import gmc_embedding, gmc_loss
+from mmfast.losses.hcl import hcl_loss
+from mmfast.losses.m3_mix import m3_mix_loss
+from mmfast.losses.mixup import l_mix_loss, m2_mix_loss, v_mix_loss, vl_mix_loss
+from mmfast.losses.moco import mct_loss, moco_loss, tagged_moco_loss
 from mmfast.ops.pairwise_lse import pairwise_lse
 from mmfast.ops.slerp import slerp
 
 __version__ = "0.1.0"
 
-__all__ = ["clip_loss", "info_nce", "nn", "pairwise_lse", "slerp"]
+__all__ = [
+    "clip_loss",
+    "gmc_embedding",
+    "gmc_loss",
+    "hcl_loss",
+    "info_nce",
+    "l_mix_loss",
+    "m2_mix_loss",
+    "m3_mix_loss",
+    "mct_loss",
+    "moco_loss",
+    "nn",
+    "pairwise_lse",
+    "slerp",
+    "tagged_moco_loss",
+    "v_mix_loss",
+    "vl_mix_loss",
+]

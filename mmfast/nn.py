@@ -1,5 +1,8 @@
 """The namespace of all Modules; each is defined beside its functions in `mmfast.losses`."""
 
 from mmfast.losses.clip import ClipLoss
+from mmfast.losses.gmc import GMCLoss
+from mmfast.losses.m3_mix import M2MixLoss, M3MixLoss
+from mmfast.losses.moco import MoCoLoss
 
-__all__ = ["ClipLoss"]
+__all__ = ["ClipLoss", "GMCLoss", "M2MixLoss", "M3MixLoss", "MoCoLoss"]

@@ -196,6 +196,18 @@ def random_pair(
     return q, k
 
 
+def unit_rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random directions over the last axis, the same for every dtype but for its rounding."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=random, dtype=torch.float64)
+    return torch.nn.functional.normalize(x, dim=-1).to(dtype)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A copy of `x` that requires grad."""
+    return x.detach().clone().requires_grad_()
+
+
 def widest(backend: str) -> torch.dtype:
     """The widest type that `backend` takes."""
     return torch.float32 if backend == "triton" else torch.float64

@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     # triton reads this when it is imported: without a card its kernels run in the interpreter
@@ -83,6 +84,24 @@ def level_backend(request):
         return
     with cpu_level(level):
         yield name
+
+
+class LargestTensor(TorchDispatchMode):
+    """`bytes` of the largest tensor that torch makes inside the block, forward or backward."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and not function.is_view:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return made
+
+
+@pytest.fixture
+def largest_tensor():
+    return LargestTensor()
 
 
 @pytest.fixture(autouse=True)

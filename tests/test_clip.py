@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mmfast import clip_loss, info_nce, pairwise_lse
 from mmfast.losses import _terms
-from mmfast.testing import saved_bytes
+from mmfast.testing import leaf, saved_bytes
+from mmfast.testing import unit_rows as unit
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "clip_infonce.npz")
 CASES = sorted({key.rpartition(".")[0] for key in GOLDEN.files})
@@ -23,17 +24,6 @@ laws = settings(
     # the fixture only names a backend: it is the same for every example
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def unit(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
-        dtype
-    )
-
-
-def leaf(x):
-    return x.detach().clone().requires_grad_()
 
 
 def dense_info_nce(

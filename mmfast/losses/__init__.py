@@ -1,5 +1,29 @@
 """Contrastive losses: plain torch over `mmfast.ops`, one file per system."""
 
 from mmfast.losses.clip import ClipLoss, clip_loss, info_nce
+from mmfast.losses.gmc import GMCLoss, gmc_embedding, gmc_loss
+from mmfast.losses.hcl import hcl_loss
+from mmfast.losses.m3_mix import M2MixLoss, M3MixLoss, m3_mix_loss
+from mmfast.losses.mixup import l_mix_loss, m2_mix_loss, v_mix_loss, vl_mix_loss
+from mmfast.losses.moco import MoCoLoss, mct_loss, moco_loss, tagged_moco_loss
 
-__all__ = ["ClipLoss", "clip_loss", "info_nce"]
+__all__ = [
+    "ClipLoss",
+    "GMCLoss",
+    "M2MixLoss",
+    "M3MixLoss",
+    "MoCoLoss",
+    "clip_loss",
+    "gmc_embedding",
+    "gmc_loss",
+    "hcl_loss",
+    "info_nce",
+    "l_mix_loss",
+    "m2_mix_loss",
+    "m3_mix_loss",
+    "mct_loss",
+    "moco_loss",
+    "tagged_moco_loss",
+    "v_mix_loss",
+    "vl_mix_loss",
+]

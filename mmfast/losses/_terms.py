@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfast.ops._inputs import SCORE_TYPE, cast_as_matmul, check_tensor, type_name
+from mmfast.ops._inputs import (
+    SCORE_TYPE,
+    as_number,
+    as_scale,
+    cast_as_matmul,
+    check_tensor,
+    type_name,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 SameId = Literal["exclude", "positive"]
@@ -46,6 +53,11 @@ def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), value and gradient to the last bits of float32 and float64 at any x."""
     # past the threshold softplus(x) is x: 20, the default, would leave 1e-10 in float64
     return F.softplus(x, threshold=40.0)
+
+
+def ids_or_rows(ids: Tensor | None, x: Tensor) -> Tensor:
+    """`ids`, or the numbers of the rows of `x`: with them only the own pair is left out."""
+    return torch.arange(len(x), device=x.device) if ids is None else ids
 
 
 def group_sums(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,16 +151,25 @@ def check_ids(who: str, ids: Any, like: tuple[str, Tensor]) -> None:
         raise ValueError(f"{who}: ids must be on {y.device} like {other}, got {ids.device}")
 
 
-def check_label_smoothing(who: str, label_smoothing: Any) -> None:
-    """Raises unless `label_smoothing` is a number in [0, 1)."""
-    if not isinstance(label_smoothing, (int, float)):
-        got = type(label_smoothing).__name__
-        raise TypeError(f"{who}: label_smoothing must be a number, got {got}")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"{who}: label_smoothing must be in [0, 1), got {label_smoothing}")
+def check_share(who: str, name: str, share: Any) -> None:
+    """Raises unless `share` is a number in [0, 1)."""
+    if not isinstance(share, (int, float)):
+        raise TypeError(f"{who}: {name} must be a number, got {type(share).__name__}")
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"{who}: {name} must be in [0, 1), got {share}")
 
 
-def check_options(who: str, reduction: Any, same_id: Any, group: Any) -> None:
+def check_number(who: str, name: str, x: Any, *, positive: bool = False) -> None:
+    """Raises unless `x` is a finite number, positive or, without `positive`, 0."""
+    if not isinstance(x, (int, float)):
+        raise TypeError(f"{who}: {name} must be a number, got {type(x).__name__}")
+    if not -math.inf < x < math.inf:
+        raise ValueError(f"{who}: {name} must be finite, got {x}")
+    if x < 0 or (positive and x == 0):
+        raise ValueError(f"{who}: {name} must be positive{'' if positive else ' or 0'}, got {x}")
+
+
+def check_options(who: str, reduction: Any, same_id: Any = "exclude", group: Any = None) -> None:
     """Raises unless the words are known and no process group is given."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{who}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -159,3 +180,31 @@ def check_options(who: str, reduction: Any, same_id: Any, group: Any) -> None:
             f"{who}: group= is not supported yet, expected None, got {type(group).__name__}; "
             "without it each process computes the loss of its own batch"
         )
+
+
+def check_batch(
+    who: str,
+    image: Any,
+    text: Any,
+    logit_scale: Any,
+    ids: Any,
+    reduction: Any,
+    group: Any,
+    same_id: Any = "exclude",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every loss of a batch of pairs asks; image and text [B, D] as autocast leaves them,
+    and the scale as a 0-dim tensor."""
+    check_options(who, reduction, same_id, group)
+    image = check_rows(who, "image", image, ("B", "D"))
+    like = ("image", image)
+    text = check_rows(who, "text", text, tuple(image.shape), like)
+    if ids is not None:
+        check_ids(who, ids, like)
+    return image, text, as_scale(who, image, logit_scale, "logit_scale")
+
+
+def as_logit_scale(who: str, x: Tensor, temperature: Any) -> Tensor:
+    """1 / temperature as a 0-dim tensor; raises unless a Python number is positive."""
+    if not isinstance(temperature, Tensor) and as_number(who, "temperature", temperature) <= 0:
+        raise ValueError(f"{who}: temperature must be positive, got {temperature}")
+    return as_scale(who, x, temperature, "temperature").reciprocal()

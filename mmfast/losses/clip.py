@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from mmfast.losses._terms import (
     Reduction,
     SameId,
+    check_batch,
     check_ids,
-    check_label_smoothing,
     check_options,
     check_rows,
+    check_share,
     dot_rows,
+    ids_or_rows,
     log_sum_exp,
     reduce,
     row_scores,
@@ -161,14 +163,8 @@ def clip_loss(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     who = "clip_loss"
-    check_options(who, reduction, same_id, group)
-    image = check_rows(who, "image", image, ("B", "D"))
-    like = ("image", image)
-    text = check_rows(who, "text", text, tuple(image.shape), like)
-    scale = as_scale(who, image, logit_scale, "logit_scale")
-    if ids is not None:
-        check_ids(who, ids, like)
-    check_label_smoothing(who, label_smoothing)
+    image, text, scale = check_batch(who, image, text, logit_scale, ids, reduction, group, same_id)
+    check_share(who, "label_smoothing", label_smoothing)
 
     left_out = _left_out(ids, same_id, image)
     rows, columns = pairwise_lse(
@@ -186,9 +182,7 @@ def clip_loss(
 
 def _left_out(ids: Tensor | None, same_id: SameId, q: Tensor) -> Tensor:
     # as further positives duplicates stay in the sum, and only the row's own pair is left out
-    if ids is None or same_id == "positive":
-        return torch.arange(len(q), device=q.device)
-    return ids
+    return ids_or_rows(ids if same_id == "exclude" else None, q)
 
 
 class ClipLoss(nn.Module):
