@@ -4,6 +4,7 @@
 import torch  # noqa: F401
 
 from mmfast import nn
+from mmfast.losses.albef import itc_loss, itm_loss, mlm_loss
 from mmfast.losses.clip import clip_loss, info_nce
 from mmfast.losses.gmc import gmc_embedding, gmc_loss
 from mmfast.losses.hcl import hcl_loss
@@ -21,10 +22,13 @@ __all__ = [
     "gmc_loss",
     "hcl_loss",
     "info_nce",
+    "itc_loss",
+    "itm_loss",
     "l_mix_loss",
     "m2_mix_loss",
     "m3_mix_loss",
     "mct_loss",
+    "mlm_loss",
     "moco_loss",
     "nn",
     "pairwise_lse",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmfast import mct_loss, moco_loss, tagged_moco_loss
-from mmfast.losses.moco import KeyQueue
+from mmfast.losses._momentum import KeyQueue, random_keys
 from mmfast.nn import MoCoLoss
 from mmfast.testing import assert_within_budget, leaf, saved_bytes, unit_rows
 
@@ -360,7 +360,7 @@ def test_module_under_autocast():
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("batches", [(2, 2, 2), (7, 1), (5, 9), (3,)])
 def test_queue_keeps_the_last_keys(size, batches):
-    queue = KeyQueue(size, 2)
+    queue = KeyQueue(random_keys(size, 2))
     pushed = list(queue.rows.clone())
     start = size  # the first rows stand for keys pushed before
     for i, n in enumerate(batches):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import pairwise_lse
-from mmfast.ops.pairwise_lse import reference
+from mmfast.ops.pairwise_lse import reference, softmax_sum
 from mmfast.testing import (
     Case,
     assert_within_budget,
@@ -226,6 +226,20 @@ def test_memory_kept_for_backward_is_linear(compiled_backend):
     with saved_bytes(made["q"], made["k"], made["scale"]) as saved:
         rows, columns = pairwise_lse(**made, columns=True, backend=compiled_backend)
     assert saved.bytes == 4 * (len(rows) + len(columns))
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_softmax_sum_is_the_mean_of_keys(left_out, level_backend):
+    q, k = random_pair(9, 7, 5, dtype=widest(level_backend))
+    ids = {"q_ids": torch.arange(9) % 3, "k_ids": torch.arange(7) % 3} if left_out else {}
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    rows = reference(q, k, scale, **ids)
+    (expected,) = torch.autograd.grad(rows.sum() / scale, q)
+    # larger sums, as over further keys, leave a part of the mean
+    more = torch.linspace(0, 9, 9, dtype=q.dtype)
+    got = softmax_sum(q, k, rows + more, scale, **ids, backend=level_backend)
+    torch.testing.assert_close(got, expected * (-more).exp().unsqueeze(1))
+    assert not got.requires_grad
 
 
 sizes = st.integers(1, 40)

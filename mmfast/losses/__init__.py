@@ -1,11 +1,13 @@
 """Contrastive losses: plain torch over `mmfast.ops`, one file per system."""
 
+from mmfast.losses.albef import itc_loss, itm_loss, mlm_loss
 from mmfast.losses.clip import ClipLoss, clip_loss, info_nce
 from mmfast.losses.gmc import GMCLoss, gmc_embedding, gmc_loss
 from mmfast.losses.hcl import hcl_loss
 from mmfast.losses.m3_mix import M2MixLoss, M3MixLoss, m3_mix_loss
 from mmfast.losses.mixup import l_mix_loss, m2_mix_loss, v_mix_loss, vl_mix_loss
 from mmfast.losses.moco import MoCoLoss, mct_loss, moco_loss, tagged_moco_loss
+from mmfast.losses.momentum_itc import MomentumITC
 
 __all__ = [
     "ClipLoss",
@@ -13,15 +15,19 @@ __all__ = [
     "M2MixLoss",
     "M3MixLoss",
     "MoCoLoss",
+    "MomentumITC",
     "clip_loss",
     "gmc_embedding",
     "gmc_loss",
     "hcl_loss",
     "info_nce",
+    "itc_loss",
+    "itm_loss",
     "l_mix_loss",
     "m2_mix_loss",
     "m3_mix_loss",
     "mct_loss",
+    "mlm_loss",
     "moco_loss",
     "tagged_moco_loss",
     "v_mix_loss",

@@ -110,7 +110,7 @@ def check_rows(
 ) -> Tensor:
     """`x` as autocast leaves it; raises unless its shape is `sizes` and it matches `like`.
 
-    A size that is a letter is free, but only "H" may be 0.
+    A size that is a letter is free, but of those only "H" may be 0.
     """
     check_tensor(who, name, x)
     if x.dtype not in SCORE_TYPE:
@@ -124,7 +124,10 @@ def check_rows(
         wanted = ", ".join(f"{size}" for size in sizes)
         suffix = f" like {like[0]}" if like else ""
         raise ValueError(f"{who}: {name} must be [{wanted}]{suffix}, got {list(x.shape)}")
-    if any(got == 0 and size != "H" for size, got in zip(sizes, x.shape, strict=True)):
+    if any(
+        got == 0 and isinstance(size, str) and size != "H"
+        for size, got in zip(sizes, x.shape, strict=True)
+    ):
         raise ValueError(f"{who}: {name} must not be empty, got {list(x.shape)}")
     if like:
         other, y = like
@@ -137,26 +140,26 @@ def check_rows(
     return tensor
 
 
-def check_ids(who: str, ids: Any, like: tuple[str, Tensor]) -> None:
+def check_ids(who: str, ids: Any, like: tuple[str, Tensor], name: str = "ids") -> None:
     """Raises unless `ids` is int64 [N], one for each row of `like`."""
     other, y = like
-    check_tensor(who, "ids", ids)
+    check_tensor(who, name, ids)
     if ids.dtype != torch.int64:
-        raise TypeError(f"{who}: ids must be int64, got {type_name(ids.dtype)}")
+        raise TypeError(f"{who}: {name} must be int64, got {type_name(ids.dtype)}")
     if ids.shape != y.shape[:1]:
         raise ValueError(
-            f"{who}: ids must be [{len(y)}], one per row of {other}, got {list(ids.shape)}"
+            f"{who}: {name} must be [{len(y)}], one per row of {other}, got {list(ids.shape)}"
         )
     if ids.device != y.device:
-        raise ValueError(f"{who}: ids must be on {y.device} like {other}, got {ids.device}")
+        raise ValueError(f"{who}: {name} must be on {y.device} like {other}, got {ids.device}")
 
 
-def check_share(who: str, name: str, share: Any) -> None:
-    """Raises unless `share` is a number in [0, 1)."""
+def check_share(who: str, name: str, share: Any, *, whole: bool = False) -> None:
+    """Raises unless `share` is a number in [0, 1), with `whole` in [0, 1]."""
     if not isinstance(share, (int, float)):
         raise TypeError(f"{who}: {name} must be a number, got {type(share).__name__}")
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"{who}: {name} must be in [0, 1), got {share}")
+    if not (0.0 <= share < 1.0 or (whole and share == 1.0)):
+        raise ValueError(f"{who}: {name} must be in [0, 1{']' if whole else ')'}, got {share}")
 
 
 def check_number(who: str, name: str, x: Any, *, positive: bool = False) -> None:

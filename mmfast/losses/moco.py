@@ -12,7 +12,6 @@ and its code, github.com/facebookresearch/moco; Yuan et al., Multimodal Contrast
 Visual Representation Learning, CVPR 2021 (tags and `mct_loss`), which has no published code.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmfast.losses._momentum import KeyQueue, check_size, follow, random_keys, slow_copy
 from mmfast.losses._terms import (
     Reduction,
     as_logit_scale,
@@ -235,32 +235,6 @@ def _check_positives(who: str, positives: Any, query: Tensor, queue: Tensor) -> 
         )
 
 
-class KeyQueue(nn.Module):
-    """The last `size` keys, first in first out, as buffers: a state_dict resumes them exactly.
-
-    Attributes:
-        rows: [size, width], at first random unit rows.
-        pointer: int64, where the next key goes.
-    """
-
-    rows: Tensor
-    pointer: Tensor
-
-    def __init__(self, size: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", F.normalize(torch.randn(size, width), dim=1))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows by `keys` [B, width]; any B, also one that wraps around."""
-        size = len(self.rows)
-        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
-        # of more keys than there is room for, the last stay
-        self.rows.index_copy_(0, places[-size:], keys[-size:].to(self.rows.dtype))
-        self.pointer.add_(len(keys)).remainder_(size)
-
-
 class MoCoLoss(nn.Module):
     """`moco_loss` with its momentum encoder and queue.
 
@@ -292,12 +266,11 @@ class MoCoLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_share("MoCoLoss", "momentum", momentum)
-        for name, size in (("width", width), ("queue_size", queue_size)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"MoCoLoss: {name} must be a number from 1, got {size!r}")
+        check_size("MoCoLoss", "width", width)
+        check_size("MoCoLoss", "queue_size", queue_size)
         self.encoder = encoder
-        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.queue = KeyQueue(queue_size, width)
+        self.key_encoder = slow_copy(encoder)
+        self.queue = KeyQueue(random_keys(queue_size, width))
         self.momentum = momentum
         self.temperature = temperature
 
@@ -306,17 +279,9 @@ class MoCoLoss(nn.Module):
         q = F.normalize(self.encoder(query), dim=1)
         with torch.no_grad():
             if self.training:
-                self._follow()
+                follow(self.key_encoder, self.encoder, self.momentum)
             k = F.normalize(self.key_encoder(key), dim=1)
-        # a copy: the backward pass needs the queue as it was
-        queue = self.queue.rows.to(q.dtype, copy=True)
-        loss = moco_loss(q, k, queue, self.temperature)
+        loss = moco_loss(q, k, self.queue.snapshot(q), self.temperature)
         if self.training:
             self.queue.push(k)
         return loss
-
-    def _follow(self) -> None:
-        for slow, fast in zip(
-            self.key_encoder.parameters(), self.encoder.parameters(), strict=True
-        ):
-            slow.lerp_(fast, 1 - self.momentum)

@@ -334,3 +334,45 @@ def pairwise_lse(
         apply = _forward  # nobody differentiates: another 0.1 ms
     rows, sums = apply(q, k, scale, q_ids, k_ids, mask, columns, name)
     return (rows, sums) if columns else rows
+
+
+def softmax_sum(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    *,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """sum_j exp(s_ij - rows_i) k_j over the pairs that are not left out, in O((N + M) * D) memory.
+
+    With `rows` from `pairwise_lse` the mean of k under the softmax of each row; with the sums over
+    further keys, too, this part of it. A constant: no gradient flows, so that torch.compile traces
+    what `torch.func.grad` of `pairwise_lse` cannot there. For losses, which checked the arguments.
+
+    Args:
+        q, k, q_ids, k_ids, backend: as in `pairwise_lse`.
+        rows: [N], at least the log-sum-exp of the row over k.
+        scale: 0-dim.
+
+    Returns:
+        [N, D], float64 for float64 inputs, else float32; rounded to the inputs' type on the way.
+    """
+    q, k, rows, scale = q.detach(), k.detach(), rows.detach(), scale.detach()
+    name = _dispatch.choose("pairwise_lse", backend, BACKENDS, q, k)
+    dtype = SCORE_TYPE[q.dtype]
+    if name == "eager":
+        wide = k.to(dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            p = (scale * (q.to(dtype) @ wide.T) - rows.unsqueeze(1)).exp()
+            if q_ids is not None and k_ids is not None:
+                p = p.masked_fill(q_ids[:, None] == k_ids, 0.0)
+            return p @ wide
+    ones, none = torch.ones_like(rows), rows.new_empty(0)
+    dq, _, _ = _backward(
+        ones, None, q, k, scale, q_ids, k_ids, None, rows, none, True, False, False, name
+    )
+    total: Tensor = dq.to(dtype) / scale
+    return total
