@@ -183,6 +183,23 @@ def define(
     return getattr(torch.ops.mmfast, name).default
 
 
+def transformed(op: str) -> bool:
+    """Whether torch.compile or torch.func is at work around a call of a compiled backend.
+
+    Raises:
+        NotImplementedError: both, torch.func inside: dynamo then forgets the backward pass, and
+            gradients would be 0.
+    """
+    compiling = torch.compiler.is_compiling()
+    inside: bool = torch._C._are_functorch_transforms_active()
+    if compiling and inside:
+        raise NotImplementedError(
+            f'{op}: only backend="eager" runs under a transform of torch.func that torch.compile '
+            "traces; or compile what is inside the transform"
+        )
+    return compiling or inside
+
+
 def once(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, a backward op whose last argument is its backend, for use inside a backward pass.
 

@@ -148,6 +148,22 @@ def test_func_grad_twice_is_refused(compiled_backend):
         torch.func.grad(lambda q: first(q).sum())(q)
 
 
+def test_func_grad_inside_compile_is_right_or_refused(compiled_backend):
+    q, k = random_pair(requires_grad=False, dtype=widest(compiled_backend))
+
+    def first(q):
+        return torch.func.grad(lambda q: pairwise_lse(q, k, backend=compiled_backend).sum())(q)
+
+    for full in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(first, fullgraph=full, backend="aot_eager")
+        if full:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match='only backend="eager" runs'):
+                compiled(q)
+        else:  # traced up to the call, which then runs as it is
+            torch.testing.assert_close(compiled(q), first(q))
+
+
 def test_double_backward_is_refused_only_when_it_happens(compiled_backend):
     q, k = random_pair(dtype=widest(compiled_backend))
     loss = pairwise_lse(q, k, backend=compiled_backend).sum()

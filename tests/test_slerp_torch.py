@@ -110,6 +110,22 @@ def test_func_grad_twice_is_refused(compiled_backend):
         torch.func.grad(lambda a: first(a).sum())(a)
 
 
+def test_func_grad_inside_compile_is_right_or_refused(compiled_backend):
+    a, b = pair()
+
+    def first(a):
+        return torch.func.grad(lambda a: slerp(a, b, 0.3, backend=compiled_backend).sum())(a)
+
+    for full in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(first, fullgraph=full, backend="aot_eager")
+        if full:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match='only backend="eager" runs'):
+                compiled(a)
+        else:  # traced up to the call, which then runs as it is
+            torch.testing.assert_close(compiled(a), first(a))
+
+
 def test_double_backward_is_refused_only_when_it_happens(compiled_backend):
     a, b = pair(requires_grad=True)
     loss = slerp(a, b, 0.3, backend=compiled_backend).sum()

@@ -308,7 +308,8 @@ def pairwise_lse(
         TypeError: an argument of the wrong type; integer or mixed types of q and k.
         ValueError: a wrong shape, device or Python number, an empty side, an unknown backend.
         RuntimeError: `backend` cannot run here; the message says why.
-        NotImplementedError: differentiated twice through a compiled backend.
+        NotImplementedError: differentiated twice through a compiled backend, or a transform of
+            torch.func around one inside torch.compile.
     """
     check_tensor("pairwise_lse", "q", q)
     check_tensor("pairwise_lse", "k", k)
@@ -326,7 +327,7 @@ def pairwise_lse(
         # dynamo refuses a Function that is given one tensor twice
         k = k.view_as(k) if k is q else k
         k_ids = k_ids.view_as(k_ids) if k_ids is not None and k_ids is q_ids else k_ids
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    transformed = _dispatch.transformed("pairwise_lse")
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or scale.requires_grad)
     if transformed or learns or forward_ad._current_level >= 0:
         apply: Any = (_PairwiseLSE if transformed else _EagerPairwiseLSE).apply

@@ -280,7 +280,8 @@ def slerp(a: Tensor, b: Tensor, lam: float | Tensor, *, backend: str | None = No
         TypeError: an argument of the wrong type; integer or mixed types of a and b.
         ValueError: a wrong shape, device or Python number, an empty side, an unknown backend.
         RuntimeError: `backend` cannot run here; the message says why.
-        NotImplementedError: differentiated twice through a compiled backend.
+        NotImplementedError: differentiated twice through a compiled backend, or a transform of
+            torch.func around one inside torch.compile.
     """
     _check_rows(a, b)
     lam = _as_lam(a, lam)
@@ -292,7 +293,6 @@ def slerp(a: Tensor, b: Tensor, lam: float | Tensor, *, backend: str | None = No
     if torch.compiler.is_compiling():
         # dynamo refuses a Function that is given one tensor twice
         b = b.view_as(b) if b is a else b
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    apply: Any = (_Slerp if transformed else _EagerSlerp).apply
+    apply: Any = (_Slerp if _dispatch.transformed("slerp") else _EagerSlerp).apply
     mixed: Tensor = apply(a, b, lam, name)
     return mixed
