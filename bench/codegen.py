@@ -44,7 +44,10 @@ DTYPES = {"half": "bf16", "tf32": "fp32", "ieee": "fp32"}
 DEPTH = 512
 # arguments by name: pointers to data of the inputs' type, to others than float32, and sizes
 DATA = frozenset({"Q", "K", "X", "Y", "A", "B", "G", "DX", "DA", "DB"})
-POINTERS = {"Q_IDS": "i64", "K_IDS": "i64", "X_IDS": "i64", "Y_IDS": "i64", "MASK": "u8"}
+POINTERS = {
+    **dict.fromkeys(("Q_IDS", "K_IDS", "X_IDS", "Y_IDS", "SEED", "INDEX"), "i64"),
+    "MASK": "u8",
+}
 SIZES = frozenset({"N", "M"})
 HEADER = """# Compiled kernels
 
@@ -184,7 +187,7 @@ def _last_line(error: Exception) -> str:
 @cache
 def triton_jobs(quick: bool) -> tuple[Job, ...]:
     """Every kernel with every tile that a launch may take."""
-    jobs = (*_pairwise_lse_jobs(), *_combine_jobs(), *_slerp_jobs())
+    jobs = (*_pairwise_lse_jobs(), *_combine_jobs(), *_sample_jobs(), *_slerp_jobs())
     return tuple(job for job in jobs if not (quick and job.slow))
 
 
@@ -304,6 +307,25 @@ def _combine_jobs() -> Iterator[Job]:
             {"BLOCK": tiles.COMBINE},
             tile=str(tiles.COMBINE),
         )
+
+
+def _sample_jobs() -> Iterator[Job]:
+    from mmfast.kernels import sample_negatives as sample
+
+    kernel = sample.sample_kernel
+    for (_, kind, arch), rows in sample.TILES.items():
+        for largest, tile in rows:
+            D = min(largest, DEPTH)
+            yield Job(
+                f"sample_negatives, {kind}, D={D}",
+                kernel,
+                arch,
+                _types(kernel, kind, without=()),
+                sample.constants(D, kind, tile),
+                tile=f"{tile.n}x{tile.m}x{tile.d}, {tile.warps} warps, {tile.stages} stages",
+                tensor_cores=kind != "ieee",
+                slow=kind != "half",
+            )
 
 
 def _slerp_jobs() -> Iterator[Job]:

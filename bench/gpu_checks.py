@@ -21,6 +21,7 @@ from bench.peers import first_line
 from mmfast._dispatch import Backend
 from mmfast.ops import BACKENDS
 from mmfast.ops import pairwise_lse as pairwise
+from mmfast.ops import sample_negatives as sampling
 from mmfast.ops import slerp as spherical
 from mmfast.ops._inputs import SCORE_TYPE
 from mmfast.testing import (
@@ -45,7 +46,8 @@ class Subject:
     run: (inputs, backend) -> its outputs. definition: the same from plain torch, of float64
     inputs the judge. reordered: the definition with its sums in another order, so that plain
     torch's own error is seen. magnitudes: what errors are relative to, by name of the result.
-    wide: the results held in float32 or better, whatever the inputs are.
+    wide: the results held in float32 or better, whatever the inputs are. differentiable: whether
+    the leaves have gradients.
     """
 
     leaves: tuple[str, ...]
@@ -55,6 +57,7 @@ class Subject:
     definition: Callable[[Inputs], tuple[Tensor, ...]]
     reordered: Callable[[Inputs], tuple[Tensor, ...]]
     magnitudes: Callable[[Inputs, Results, list[Tensor], torch.dtype], dict[str, float]]
+    differentiable: bool = True
 
     def eps(self, name: str, dtype: torch.dtype) -> float:
         """The rounding of one result for inputs of `dtype`."""
@@ -212,6 +215,8 @@ def _results(
 ) -> Results:
     """Outputs by name, and as d<leaf> the gradients of their products with `upstream`."""
     outputs = run()
+    if not subject.differentiable:
+        return dict(zip(subject.outputs, outputs, strict=True))
     upstream = [g.to(x.dtype) for g, x in zip(upstream, outputs, strict=True)]
     # an empty row is -inf: times its upstream it would be NaN, so gradients are given directly
     grads = torch.autograd.grad(outputs, [inputs[name] for name in subject.leaves], upstream)
@@ -238,6 +243,34 @@ def _lse_magnitudes(
     inputs: Inputs, exact: Results, upstream: list[Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
     return lse_magnitudes(**inputs, rows=exact["rows"], columns=exact["columns"], upstream=upstream)
+
+
+def _drawn(
+    inputs: Inputs, draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """Score + noise, in float64, of what `draw` takes for each row.
+
+    Whatever comes within rounding of the best is right; another column far below it is not.
+    """
+    q, k, scale = (inputs[name].detach() for name in ("q", "k", "scale"))
+    seed = torch.full((), 7, dtype=torch.int64, device=q.device)
+    ids = [
+        inputs.get(name, torch.arange(len(x), device=q.device))
+        for name, x in (("q_ids", q), ("k_ids", k))
+    ]
+    index = draw(q, k, scale, seed, *ids)
+    sums = sampling.noisy_scores(q.double(), k.double(), scale, seed, *ids)
+    drawn = sums.gather(1, index.clamp(min=0)[:, None]).squeeze(1)
+    return (drawn.masked_fill(index < 0, -torch.inf),)
+
+
+def _draw_magnitudes(
+    inputs: Inputs, exact: Results, upstream: list[Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    """The products that a score sums, and the noise beside it."""
+    with torch.no_grad():
+        products = inputs["scale"] * (inputs["q"].abs() @ inputs["k"].abs().T)
+    return {"drawn": 2 * float(products.max()) + 20}
 
 
 def _reordered_slerp(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -277,6 +310,20 @@ SUBJECTS = {
         definition=lambda inputs: pairwise.reference(**inputs, columns=True),
         reordered=_reordered_lse,
         magnitudes=_lse_magnitudes,
+    ),
+    "sample_negatives": Subject(
+        leaves=("q", "k", "scale"),
+        outputs=("drawn",),
+        wide=("drawn",),
+        run=lambda inputs, backend: _drawn(
+            inputs, lambda *args: torch.ops.mmfast.sample_negatives(*args, backend)
+        ),
+        definition=lambda inputs: _drawn(inputs, sampling.reference),
+        reordered=lambda inputs: _drawn(
+            {**inputs, "q": inputs["q"].flip(1), "k": inputs["k"].flip(1)}, sampling.reference
+        ),
+        magnitudes=_draw_magnitudes,
+        differentiable=False,
     ),
     "slerp": Subject(
         leaves=("a", "b", "lam"),

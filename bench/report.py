@@ -15,7 +15,13 @@ from bench.targets import OWN, Row, Verdict, allowed_mb, judge, place
 HERE = Path(__file__).resolve().parent
 KEY = ("bench", "contender", "mode", "dtype", "n", "d")
 # what the last columns of a bench compare: with the baseline of the same race, unless said
-BASELINE = {"rate": "eager", "loss": "dense", "small": "dense", "mix": "formula"}
+BASELINE = {
+    "rate": "eager",
+    "loss": "dense",
+    "small": "dense",
+    "mix": "formula",
+    "draw": "softmax, multinomial",
+}
 TITLES = {
     "rate": "pairwise_lse, rows and columns, by backend",
     "growth": "pairwise_lse as N grows",
@@ -24,6 +30,7 @@ TITLES = {
     "small": "clip_loss at small batches",
     "frozen": "clip_loss with a frozen tower",
     "memory": "memory of one cold call in a fresh process",
+    "draw": "sample_negatives, and softmax and multinomial over the matrix of scores",
     "bandwidth": "slerp into memory that is there, and a copy of as many bytes",
     "mix": "slerp and the published formula",
 }

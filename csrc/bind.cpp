@@ -54,7 +54,7 @@ View canonical(View x) {
   return x;
 }
 
-// The arrays every direction of pairwise_lse is given.
+// The arrays every op on pairs is given.
 struct PairArrays {
   Array q, k, q_ids, k_ids, mask;
   Pairs pairs;
@@ -133,6 +133,17 @@ double backward(py::handle g_rows, py::handle g_columns, py::handle q, py::handl
   return released(threads, [&](const Run& run) {
     return mmfast::pairwise_lse_backward(in.pairs, gr.view(), gc.view(), r.view(), c.view(),
                                          dq_view, dk_view, need_scale, run);
+  });
+}
+
+void sample_negatives(py::handle q, py::handle k, double scale, int64_t seed, py::handle q_ids,
+                      py::handle k_ids, py::handle indices, int threads) {
+  const PairArrays in(q, k, scale, q_ids, k_ids, py::none());
+  const Array out(indices, "indices", 1);
+  check(bool(out.view()), "indices must be given");
+  check_vector(out.view(), "indices", in.pairs.q.rows, Type::i64);
+  released(threads, [&](const Run& run) {
+    mmfast::sample_negatives(in.pairs, uint64_t(seed), out.view(), run);
   });
 }
 
@@ -299,6 +310,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("pairwise_lse_backward", &backward, py::arg("g_rows"), py::arg("g_columns"), py::arg("q"),
         py::arg("k"), py::arg("scale"), py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"),
         py::arg("rows"), py::arg("columns"), py::arg("dq"), py::arg("dk"), py::arg("need_scale"),
+        py::arg("threads"));
+  m.def("sample_negatives", &sample_negatives, py::arg("q"), py::arg("k"), py::arg("scale"),
+        py::arg("seed"), py::arg("q_ids"), py::arg("k_ids"), py::arg("indices"),
         py::arg("threads"));
   m.def("slerp_forward", &slerp_forward, py::arg("a"), py::arg("b"), py::arg("lam"), py::arg("out"),
         py::arg("threads"));

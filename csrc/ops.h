@@ -34,6 +34,10 @@ void pairwise_lse_forward(const Pairs&, View rows, View columns, const Run&);
 double pairwise_lse_backward(const Pairs&, View g_rows, View g_columns, View rows, View columns,
                              View dq, View dk, bool need_scale, const Run&);
 
+// indices[i] (int64) = the column drawn for row i with probability proportional to exp S[i, j], or
+// -1 where no score is left that is above -inf. The same for the same seed, whatever runs it.
+void sample_negatives(const Pairs&, uint64_t seed, View indices, const Run&);
+
 // out = k1 a + k2 b by rows, the weights by slerp.h from <a_i, b_i> and lam_i: a, b and out [N, D]
 // of one floating type, inner stride 1; lam [N] in the type of the arithmetic (f64 for f64 inputs,
 // f32 for the others), where a stride of 0 is one value for all rows.

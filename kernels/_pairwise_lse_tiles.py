@@ -4,6 +4,7 @@ Tables and not a search: the same tile every time, on a machine's first call too
 looks at the number of multiprocessors, so that two cards of one architecture agree to the bit.
 """
 
+from collections.abc import Mapping
 from math import isqrt
 
 import torch
@@ -34,7 +35,8 @@ def _masked(n: int, m: int, d: int, halves: int, warps: int, stages: int) -> Til
 
 ANY = 1 << 30
 # (kernel, type, architecture) -> (largest D, tile), the smallest D first
-TILES: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
+Table = Mapping[tuple[str, str, int], tuple[tuple[int, Tile], ...]]
+TILES: Table = {
     ("forward", "half", 80): ((ANY, _tile(128, 128, 32, 2, 8, 4)),),
     ("forward", "half", 90): ((ANY, _tile(128, 128, 64, 2, 8, 3)),),
     ("forward", "half", 100): ((ANY, _tile(128, 64, 64, 1, 8, 3)),),
@@ -91,14 +93,16 @@ TILES: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
 GROUPS, SPLITS, PROGRAMS = (3, 2, 6) if INTERPRETED else (32, 32, 1024)
 
 
-def pick(kernel: str, x: Tensor, N: int, M: int, masked: bool = False) -> Tile:
+def pick(
+    kernel: str, x: Tensor, N: int, M: int, masked: bool = False, table: Table = TILES
+) -> Tile:
     """The tile of `kernel` for [N, M] and inputs like `x` [*, D]."""
     if INTERPRETED:
         return _interpreted(N, M)
     kind, arch = kind_of(x.dtype), architecture(x.device)
-    rows = TILES[kernel, kind, arch]
+    rows = table[kernel, kind, arch]
     if masked:
-        rows = TILES.get((f"{kernel}, mask", kind, arch), rows)
+        rows = table.get((f"{kernel}, mask", kind, arch), rows)
     return next(tile for largest, tile in rows if largest >= x.shape[1])
 
 

@@ -71,11 +71,11 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def on_device(scale: Tensor, device: torch.device) -> Tensor:
-    """A 0-dim `scale` as float32 on `device`; nothing waits for a card."""
-    if scale.device == device:
-        return scale.detach().to(torch.float32)
-    return torch.full((), scale.item(), dtype=torch.float32, device=device)
+def on_device(x: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A 0-dim `x` as `dtype` on `device`; nothing waits for a card."""
+    if x.device == device:
+        return x.detach().to(dtype)
+    return torch.full((), x.item(), dtype=dtype, device=device)
 
 
 @triton.jit

@@ -54,6 +54,18 @@ def pairwise_lse_backward(
 ) -> float:
     """Write dq and dk, each unless None, and return d/dscale (0.0 if not asked for)."""
 
+def sample_negatives(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    seed: int,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    indices: Tensor,
+    threads: int,
+) -> None:
+    """Write indices [N], the column of k [M, D] drawn for each row of q [N, D], or -1."""
+
 def slerp_forward(a: Tensor, b: Tensor, lam: Tensor, out: Tensor, threads: int) -> None:
     """Write out [N, D], the mix of the rows of a and b [N, D]; lam is [N], or [1] for all rows."""
 

@@ -12,6 +12,7 @@ from mmfast.losses.m3_mix import m3_mix_loss
 from mmfast.losses.mixup import l_mix_loss, m2_mix_loss, v_mix_loss, vl_mix_loss
 from mmfast.losses.moco import mct_loss, moco_loss, tagged_moco_loss
 from mmfast.ops.pairwise_lse import pairwise_lse
+from mmfast.ops.sample_negatives import sample_negatives
 from mmfast.ops.slerp import slerp
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "moco_loss",
     "nn",
     "pairwise_lse",
+    "sample_negatives",
     "slerp",
     "tagged_moco_loss",
     "v_mix_loss",

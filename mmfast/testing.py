@@ -155,6 +155,19 @@ CASES: dict[str, tuple[Case | RowsCase, ...]] = {
             )
         ),
     ),
+    # row numbers are the ids, unless said
+    "sample_negatives": (
+        Case("single", 1, 2, 1, "the smallest problem there is", _QUICK),
+        Case("ragged", 129, 257, 96, "one row and one column more than whole tiles", _QUICK),
+        Case("odd_width", 41, 37, 13, "D fits no vector and no bf16 pair", _QUICK),
+        Case("tall", 700, 5, 24, "N far above M: the sides swap roles", _QUICK),
+        Case("many_lanes", 200, 450, 32, "the best of several lanes, merged"),
+        Case("cold", 150, 100, 48, "temperature 0.01: few candidates matter", scale=100.0),
+        Case("loud", 210, 90, 48, "scores span +-1600: the noise decides nothing", norm=40.0,
+             scale=1.0),
+        Case("sorted", 260, 130, 16, "ids in order: whole tiles left out, others untouched",
+             left_out=("sorted",)),
+    ),
     "slerp": (
         # rows of length one and width one would all be parallel or antipodal
         RowsCase("single", 1, 1, "the smallest problem there is", _QUICK, norm=0.7),

@@ -104,6 +104,29 @@ def test_backward_refuses(changes, error, message):
         backward(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"indices": None}, ValueError, "indices must be given"),
+        ({"indices": torch.arange(5)}, ValueError, "indices must have 4 elements, got 5"),
+        ({"indices": torch.empty(4)}, TypeError, "indices has the wrong element type"),
+    ],
+)
+def test_sample_negatives_refuses(changes, error, message):
+    given = {
+        "q": torch.ones(4, 3),
+        "k": torch.ones(5, 3),
+        "scale": 1.0,
+        "seed": 0,
+        "q_ids": torch.arange(4),
+        "k_ids": torch.arange(5),
+        "indices": torch.arange(4),
+        "threads": 1,
+    }
+    with pytest.raises(error, match=message):
+        core.sample_negatives(**{**given, **changes})
+
+
 def test_rates_are_positive():
     assert core.multiply_add_rate(0.001, 1) > 0
     with pytest.raises(ValueError, match="threads must be at least 1"):

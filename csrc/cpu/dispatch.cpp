@@ -21,6 +21,7 @@ namespace mmfast {
   void pairwise_lse_forward(const Pairs&, View, View, const Run&);                     \
   double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool, \
                                const Run&);                                            \
+  void sample_negatives(const Pairs&, uint64_t, View, const Run&);                     \
   void slerp_forward(View, View, View, View, const Run&);                              \
   void slerp_backward(View, View, View, View, View, View, View, const Run&);           \
   double tile_rate(Type, double, int);                                                 \
@@ -58,17 +59,18 @@ struct Level {
   bool (*runs)();
   decltype(&pairwise_lse_forward) forward;
   decltype(&pairwise_lse_backward) backward;
+  decltype(&sample_negatives) draw;
   decltype(&slerp_forward) mix;
   decltype(&slerp_backward) mix_backward;
   decltype(&tile_rate) rate;
   decltype(&multiply_add_rate) limit;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                                         \
-  Level {                                                                          \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward,           \
-        level::pairwise_lse_backward, level::slerp_forward, level::slerp_backward, \
-        level::tile_rate, level::multiply_add_rate                                 \
+#define MMFAST_LEVEL_ROW(level, condition)                                           \
+  Level {                                                                            \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,             \
+        level::pairwise_lse_backward, level::sample_negatives, level::slerp_forward, \
+        level::slerp_backward, level::tile_rate, level::multiply_add_rate            \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -132,6 +134,10 @@ void pairwise_lse_forward(const Pairs& pairs, View rows, View columns, const Run
 double pairwise_lse_backward(const Pairs& pairs, View g_rows, View g_columns, View rows,
                              View columns, View dq, View dk, bool need_scale, const Run& run) {
   return current().backward(pairs, g_rows, g_columns, rows, columns, dq, dk, need_scale, run);
+}
+
+void sample_negatives(const Pairs& pairs, uint64_t seed, View indices, const Run& run) {
+  current().draw(pairs, seed, indices, run);
 }
 
 void slerp_forward(View a, View b, View lam, View out, const Run& run) {

@@ -1,8 +1,10 @@
-// What a level's headers compute: exponentials, angles, row sums, half types, the tile's product.
+// What a level's headers compute: exponentials, angles, row sums, half types, the tile's product,
+// noise.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "../../csrc/cpu/noise.h"
 #include "../../csrc/cpu/sweep.h"
 #include "../../csrc/cpu/trig.h"
 #include "../../csrc/slerp.h"
@@ -202,6 +204,52 @@ void check_product() {
   }
 }
 
+// Random123's kat_vectors, in every lane, whatever stands in the upper halves.
+void check_philox() {
+  struct {
+    uint64_t counter[4], key, words[4];
+  } const known[] = {
+      {{0, 0, 0, 0}, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+      {{~0ull, ~0ull, ~0ull, ~0ull}, ~0ull, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+      {{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+       0x299f31d0a4093822,
+       {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+  };
+  constexpr int kLanes = kWidth<double>;
+  const Lanes zero = {};
+  for (const auto& k : known) {
+    const auto& c = k.counter;
+    const Quad words = philox({zero + c[0], zero + c[1], zero + c[2], zero + c[3]}, k.key);
+    uint32_t across[4 * kLanes], down[4 * kLanes];
+    store_across(words, across);
+    store_down(words, down, kLanes);
+    for (int l = 0; l < 4 * kLanes; ++l) {
+      CHECK(across[l] == k.words[l % 4] && down[l] == k.words[l / kLanes], "%d", l);
+    }
+  }
+  Quad mixed = {zero, zero, zero, zero};
+  for (int l = 0; l < kLanes; ++l) mixed.a[l] = l;
+  uint32_t across[4 * kLanes];
+  store_across(philox(mixed, 5), across);
+  for (uint64_t l = 0; l < kLanes; ++l) {
+    uint32_t alone[4 * kLanes];
+    store_across(philox({zero + l, zero, zero, zero}, 5), alone);
+    CHECK(!std::memcmp(across + 4 * l, alone, 16), "counter %d", int(l));
+  }
+}
+
+// A bound of the noise, tight where the noise is large.
+void check_gumbel() {
+  for (int i = 0; i < 200000; ++i) {
+    const uint32_t word = i < 70000 ? i : i < 140000 ? -uint32_t(i - 69999) : testing::random()();
+    const double above = gumbel_bound(word) - gumbel(word);
+    CHECK(above > -2e-5, "word %u: %g", word, above);
+    CHECK(word < 64 || word > 1 << 24 || above < 0.1, "word %u: %g", word, above);
+  }
+  CHECK(std::abs(gumbel(0) - 33 * std::log(2)) < 1e-9);
+  CHECK(std::abs(gumbel(~0u) + std::log(33 * std::log(2))) < 1e-9);
+}
+
 }  // namespace
 
 void test() {
@@ -218,6 +266,8 @@ void test() {
   check_transpose<float>();
   check_transpose<double>();
   check_half_types();
+  check_philox();
+  check_gumbel();
   check_product<F32, Stride::rows>();
   check_product<F32, Stride::depth>();
   check_product<F64, Stride::rows>();
