@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 import mmfast
-from bench import machine, peers
+from bench import machine, peers, peers_losses
 from bench.measure import QUICK, Contender, Race, Unavailable
+from bench.peers_losses import LAM
 
 D = 64 if QUICK else 512
 SIZES = (128, 256) if QUICK else (4096, 16384, 65536)
 DTYPES = ("float32", "bfloat16")
 # matrices of [N, D] that are read or written at least
 MOVED = {"fwd": 3, "bwd": 5, "fwd+bwd": 8}
-LAM = 0.3
 
 
 @pytest.mark.parametrize("contender", ["copy", "cpp"])
@@ -44,12 +44,6 @@ def bench_mix(measure: Any, contender: str, mode: str, dtype: str, n: int) -> No
         dtype=dtype,
     )
     measure(race, bytes=_bytes(n, dtype, MOVED[mode]), d=D)
-
-
-def formula(a: Tensor, b: Tensor, lam: float) -> Tensor:
-    """As published, in the type of the rows."""
-    theta = (a * b).sum(1, keepdim=True).acos()
-    return (lam * theta).sin() / theta.sin() * a + ((1 - lam) * theta).sin() / theta.sin() * b
 
 
 def _bytes(n: int, dtype: str, moved: int) -> int:
@@ -94,7 +88,9 @@ def _contender(name: str, mode: str, n: int, dtype: str) -> Contender | Unavaila
     g = a.detach().flip(0)
 
     def forward() -> tuple[Tensor, ...]:
-        return (formula(a, b, LAM) if name == "formula" else mmfast.slerp(a, b, LAM, backend=name),)
+        if name == "formula":
+            return (peers_losses.slerp(a, b, LAM),)
+        return (mmfast.slerp(a, b, LAM, backend=name),)
 
     def both() -> tuple[Tensor, ...]:
         (out,) = forward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -52,10 +52,13 @@ class Measure:
             races[self._group] = run_race(race)
         timings, reasons = races[self._group]
         if self._contender in reasons:
-            reason = reasons[self._contender]
-            self._config.stash[_missing].append({**self._facts, **facts, "reason": reason})
-            pytest.skip(reason)
+            self.skip(reasons[self._contender], **facts)
         self.record(timings[self._contender], flops, bytes, **facts)
+
+    def skip(self, reason: str, **facts: Any) -> NoReturn:
+        """Leave this row out, and the reason in the JSON."""
+        self._config.stash[_missing].append({**self._facts, **facts, "reason": reason})
+        pytest.skip(reason)
 
     def record(
         self, timing: Timing, flops: float | None = None, bytes: float | None = None, **facts: Any

@@ -10,11 +10,12 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 
-from bench import machine, peers
-from bench.measure import Timing, Unavailable, resident_growth
+from bench import machine, peers, peers_losses
+from bench.measure import Contender, Timing, Unavailable, resident_growth
 
 
 def in_fresh_process(loss: str, dtype: str, n: int, d: int) -> Timing:
@@ -28,7 +29,7 @@ def in_fresh_process(loss: str, dtype: str, n: int, d: int) -> Timing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("loss", choices=sorted(peers.LOSSES))
+    parser.add_argument("loss", choices=sorted(peers.LOSSES) + sorted(peers_losses.CASES))
     parser.add_argument("dtype", choices=["float32", "bfloat16"])
     parser.add_argument("n", type=int)
     parser.add_argument("d", type=int)
@@ -36,16 +37,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    loss = peers.find(options.loss)
-    if isinstance(loss, Unavailable):
-        parser.error(str(loss))
     # a small call first: thread pools and lazy imports are not the loss's memory
-    peers.value_and_grads(loss, *peers.features(64, options.d, options.dtype))
-    inputs = peers.features(options.n, options.d, options.dtype)
+    small, large = (_contender(options.loss, options.dtype, n, options.d) for n in (64, options.n))
+    if isinstance(small, Unavailable) or isinstance(large, Unavailable):
+        parser.error(str(small))
+    small.run()
     start = time.perf_counter()
-    _, growth = resident_growth(lambda: peers.value_and_grads(loss, *inputs))
+    _, growth = resident_growth(large.run)
     seconds = time.perf_counter() - start
     print(json.dumps({"growth_mb": growth, "seconds": seconds}))
+
+
+def _contender(loss: str, dtype: str, n: int, d: int) -> Contender | Unavailable:
+    if loss in peers_losses.CASES:
+        return peers_losses.contender(loss, "mmfast", n, n, d, dtype)
+    found = peers.find(loss)
+    if isinstance(found, Unavailable):
+        return found
+    return Contender(partial(peers.value_and_grads, found, *peers.features(n, d, dtype)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SCALE = 1 / 0.07  # where CLIP's training starts
 
 
-def products(count: int, n: int, d: int) -> int:
-    """Flop of `count` products of an [n, d] with a [d, n] matrix."""
-    return count * 2 * n * n * d
+def products(count: int, n: int, d: int, m: int | None = None) -> int:
+    """Flop of `count` products of an [n, d] with a [d, m] matrix; m is n if not given."""
+    return count * 2 * n * (n if m is None else m) * d
 
 
 def features(
@@ -124,14 +125,16 @@ class CardPeer:
         return f"{self.package}{version}" + (f" ({self.differs})" if self.differs else "")
 
 
-def sigmoid(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """SigLIP's loss with the bias its training starts from: one term a pair, no sum over rows."""
-    logits = scale * image @ text.T + SIGMOID_BIAS
-    same = torch.eye(len(image), device=image.device, dtype=logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, same, reduction="sum") / len(image)
+SIGMOID_BIAS = -10.0  # where SigLIP's training starts
 
 
-SIGMOID_BIAS = -10.0
+def sigmoid(
+    image: Tensor, text: Tensor, scale: Tensor, bias: float | Tensor = SIGMOID_BIAS
+) -> Tensor:
+    """SigLIP's loss: one term a pair, no sum over rows."""
+    logits = scale * image @ text.T + bias
+    labels = 2 * torch.eye(len(image), device=image.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(image)
 
 
 def _memeff() -> Loss:
@@ -189,8 +192,8 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def value_and_grads(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def value_and_grads(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
     """Forward and backward; the value and the gradients of those inputs that ask for one."""
-    value = loss(image, text, scale)
-    asked = [t for t in (image, text, scale) if t.requires_grad]
+    value = loss(*inputs)
+    asked = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     return (value, *torch.autograd.grad(value, asked))

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.targets import OWN, Row, Verdict, allowed_mb, judge, place
+from bench.targets import LOSSES, OWN, Row, Verdict, allowed_mb, judge, place
 
 HERE = Path(__file__).resolve().parent
 KEY = ("bench", "contender", "mode", "dtype", "n", "d")
@@ -20,7 +20,8 @@ BASELINE = {
     "loss": "dense",
     "small": "dense",
     "mix": "formula",
-    "draw": "softmax, multinomial",
+    "sampling": "softmax + multinomial",
+    **dict.fromkeys(LOSSES, "dense"),
 }
 TITLES = {
     "rate": "pairwise_lse, rows and columns, by backend",
@@ -30,9 +31,11 @@ TITLES = {
     "small": "clip_loss at small batches",
     "frozen": "clip_loss with a frozen tower",
     "memory": "memory of one cold call in a fresh process",
-    "draw": "sample_negatives, and softmax and multinomial over the matrix of scores",
     "bandwidth": "slerp into memory that is there, and a copy of as many bytes",
     "mix": "slerp and the published formula",
+    **{loss: f"{loss}_loss and its published dense form" for loss in LOSSES},
+    "sampling": "one negative a row: sample_negatives, and multinomial of a softmax",
+    "losses_memory": "memory of one cold call of each loss in a fresh process, queues of N",
 }
 HEADER = """# Results
 
@@ -40,9 +43,10 @@ Written by `python -m bench.report` from the JSON in `results/`; `make bench` me
 
 Contenders of one race take turns, round by round, and a row is the median of its rounds. FLOP are
 those the task needs (forward 1 product of 2·N²·D, forward and backward 4, with a frozen tower 3),
-whoever spends more. Peak is the larger of two rates measured in the same rounds: `torch.mm` at its
+whoever spends more; of the other losses those that mmfast's form takes, counted in
+`peers_losses.py`. Peak is the larger of two rates measured in the same rounds: `torch.mm` at its
 better size, and mmfast's own register tile in cache. Peak MB is how far resident memory rose
-during one call. `dense` is open_clip's form, a product per direction.
+during one call. `dense` is the published form; of clip_loss open_clip's, a product per direction.
 """
 
 
@@ -131,14 +135,16 @@ def section(result: Result) -> str:
 
 def bench_table(bench: str, rows: list[Row]) -> str:
     """Rows of one bench; the last columns hold what this bench compares."""
-    heads = ["N", "D", "dtype", "mode", "contender", "ms (p20 to p80)"]
+    keys = ["n", "queue", "d"] if any(row.get("queue") for row in rows) else ["n", "d"]
+    keys += ["dtype", "mode", "contender"]
+    heads = [key.upper() if len(key) == 1 else key for key in keys] + ["ms (p20 to p80)"]
     heads += ["GFLOP/s", "% of peak", "peak MB", *_compared(bench)]
     body = []
     for row in rows:
         times = " to ".join(f"{1e3 * row[q]:.4g}" for q in ("p20", "p80"))
         body.append(
             [
-                *(str(row[key]) for key in ("n", "d", "dtype", "mode", "contender")),
+                *(str(row[key]) for key in keys),
                 f"{1e3 * row['median']:.4g} ({times})",
                 _number(row.get("gflops"), 1),
                 _number(row.get("percent_of_peak"), 1),
@@ -157,6 +163,7 @@ def _compared(bench: str) -> list[str]:
         "threads": ["x faster than one"],
         "frozen": ["time, x both learn"],
         "memory": ["allowed MB"],
+        "losses_memory": ["bytes per N·D"],
         "bandwidth": ["GB/s", "% of copy"],
     }.get(bench, [])
 
@@ -164,6 +171,9 @@ def _compared(bench: str) -> list[str]:
 def _comparison(bench: str, row: Row, rows: list[Row]) -> list[str]:
     if bench == "memory":
         return [f"{allowed_mb(row):.0f}" if row["contender"] in OWN else "-"]
+    if bench == "losses_memory":
+        grown = row["peak_mb"]
+        return [_number(None if grown is None else 1e6 * grown / (row["n"] * row["d"]), 1)]
     if bench == "growth":
         first = min(rows, key=lambda r: r["n"])
         cost = (row["median"] / row["n"] ** 2) / (first["median"] / first["n"] ** 2)

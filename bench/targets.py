@@ -8,6 +8,9 @@ from typing import Any
 
 Row = dict[str, Any]
 OWN = ("cpp", "mmfast")
+LOSSES = (
+    "m2_mix", "v_mix", "l_mix", "vl_mix", "hcl", "gmc", "siglip", "moco", "tagged_moco", "itc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
     """Every target against the rows of one machine, and how its tile fares against its limit."""
     rows = list(rows)
     return [
-        _at_least("op forward, N ≥ 2048: ≥ 90 % of peak", _percent(rows, "fwd"), 90, "%"),
-        _at_least("op fwd+bwd, N ≥ 2048: ≥ 85 % of peak", _percent(rows, "fwd+bwd"), 85, "%"),
+        _at_least("op forward, N ≥ 2048: ≥ 90 % of peak", _rate(rows, "fwd"), 90, "%"),
+        _at_least("op fwd+bwd, N ≥ 2048: ≥ 85 % of peak", _rate(rows, "fwd+bwd"), 85, "%"),
         _tile(tiles),
         _at_most(
             "memory of the loss at N=16384: ≤ 6·N·D·4 bytes + 64 MB", _memory(rows), 100, "% of it"
@@ -49,6 +52,28 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
         ),
         _at_least("slerp: ≥ 80 % of the bandwidth of a copy", _bandwidth(rows), 80, "%"),
         _at_least("slerp: ≥ 4x the published formula", _mix(rows), 4, "x"),
+        *(
+            _at_least(
+                f"{bench}: ≥ {bound}x {peer}",
+                _ratios(_select(rows, bench=bench), peer, "mmfast"),
+                bound,
+                "x",
+            )
+            for bench, peer, bound in (
+                ("m2_mix", "dense", 2.2),
+                ("itc", "dense", 2.5),
+                ("sampling", "softmax + multinomial", 5),
+            )
+        ),
+        *(
+            _at_least(
+                f"{loss}: time ≤ its products / (0.8 of peak)",
+                _percent(_select(rows, bench=loss, contender="mmfast")),
+                80,
+                "% of peak",
+            )
+            for loss in LOSSES
+        ),
     ]
 
 
@@ -87,13 +112,17 @@ def place(row: Row) -> str:
     return f"N={row['n']}, D={row['d']}, {row['dtype']}"
 
 
-def _percent(rows: list[Row], mode: str) -> Figures:
+def _rate(rows: list[Row], mode: str) -> Figures:
     chosen = _select(rows, bench="rate", mode=mode, contender="cpp")
+    return _percent([row for row in chosen if row["n"] >= 2048])
+
+
+def _percent(chosen: list[Row]) -> Figures:
     return [
         (row["percent_of_peak"], place(row))
         for row in chosen
         # the peak is the larger of two rates: one of them alone judges nothing
-        if row["n"] >= 2048 and "own tile" in row["peaks"]
+        if "own tile" in row["peaks"]
     ]
 
 

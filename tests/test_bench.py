@@ -23,7 +23,7 @@ _spec = importlib.util.spec_from_file_location(
 sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["bench"])
 
-from bench import peers, report, targets  # noqa: E402 (needs the package loaded above)
+from bench import peers, peers_losses, report, targets  # noqa: E402 (needs the package loaded above)
 from bench.__main__ import main  # noqa: E402
 from bench.measure import (  # noqa: E402
     SAMPLE,
@@ -231,6 +231,49 @@ def test_peers_compute_the_same_loss(name):
 
 def test_flop_are_counted_by_products():
     assert peers.products(4, 8192, 512) == 8 * 8192**2 * 512
+    assert peers.products(3, 256, 128, 65536) == 6 * 256 * 65536 * 128
+    assert peers_losses.CASES["moco"].flops(256, 65536, 128) == 6 * 256 * 65536 * 128
+    assert peers_losses.CASES["itc"].flops(512, 65536, 256) == 24 * 512 * 66048 * 256
+    assert peers_losses.CASES["hcl"].flops(4096, 0, 512) == 16 * 4096**2 * 512
+
+
+@pytest.mark.parametrize("name", targets.LOSSES)
+def test_dense_forms_of_the_literature_compute_the_same_loss(name):
+    loss = peers_losses.find(name, "mmfast")
+    if isinstance(loss, Unavailable):
+        pytest.skip(str(loss))
+    inputs = peers_losses.CASES[name].inputs(34, 55, 16, "float32")
+    exact = [
+        x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in inputs
+    ]
+    truth = peers.value_and_grads(peers_losses.find(name, "dense"), *exact)
+    assert len(truth) > 1
+    check_agreement(name, peers.value_and_grads(loss, *inputs), truth, 1e-5)
+
+
+def test_every_loss_of_the_targets_has_a_case_and_the_other_way_round():
+    assert set(peers_losses.CASES) == set(targets.LOSSES)
+
+
+def test_a_loss_that_an_older_commit_lacks_gives_a_reason(monkeypatch):
+    monkeypatch.delattr(peers_losses.mmfast, "hcl_loss")
+    contender = peers_losses.contender("hcl", "mmfast", 8, 0, 4, "float32")
+    assert str(contender) == "this mmfast has no hcl_loss"
+    assert isinstance(contender, Unavailable)
+
+
+@pytest.mark.parametrize("name", ["softmax + multinomial", "mmfast"])
+def test_draws_are_the_hardest_negatives_at_a_large_scale(name):
+    draw = peers_losses.drawing(name)
+    if isinstance(draw, Unavailable):
+        pytest.skip(str(draw))
+    q = peers.features(20, 512, "float32", grad=False)[0]
+    # row i is as near to its own column as to the next: only leaving the own out finds the next
+    k = q + q.roll(1, 0)
+    assert torch.equal(draw(q, k, 100.0), torch.arange(20).roll(-1))
 
 
 def row(bench: str, contender: Any, median: float, **facts: Any) -> dict[str, Any]:
@@ -258,19 +301,26 @@ def good_rows() -> list[dict[str, Any]]:
     rows += [row("growth", n, c * n * n, n=n) for n, c in ((2048, 1.05), (8192, 1.0), (65536, 1.1))]
     rows += [row("bandwidth", name, t, mode="fwd") for name, t in (("copy", 0.81), ("cpp", 1.0))]
     rows += [row("mix", name, t) for name, t in (("formula", 4.1), ("cpp", 1.0))]
+    dense = dict.fromkeys(targets.LOSSES, 2.3) | {"itc": 2.6}
+    for name, t in dense.items():
+        own = {"percent_of_peak": 80.5, "peaks": peaks}
+        rows += [row(name, "dense", t), row(name, "mmfast", 1.0, **own)]
+    drawn = {"softmax + multinomial": 5.1, "mmfast": 1.0}
+    rows += [row("sampling", name, t, mode="fwd") for name, t in drawn.items()]
     return rows
 
 
+TARGETS = 27
 GOOD_TILE = {"limit_gflops": 236.0, "tile_gflops": 220.0, "percent": 93.0}
 
 
 def test_all_targets_met():
-    assert [v.met for v in targets.judge(good_rows(), [GOOD_TILE])] == [True] * 14
+    assert [v.met for v in targets.judge(good_rows(), [GOOD_TILE])] == [True] * TARGETS
 
 
 def test_nothing_measured_meets_nothing():
     verdicts = targets.judge([], [])
-    assert [v.met for v in verdicts] == [None] * 14
+    assert [v.met for v in verdicts] == [None] * TARGETS
     assert {v.where for v in verdicts} == {"not measured"}
 
 
@@ -290,6 +340,13 @@ def test_nothing_measured_meets_nothing():
         (11, {"bench": "growth", "contender": 65536}, {"median": 1.2 * 65536**2}),
         (12, {"bench": "bandwidth", "contender": "cpp"}, {"median": 1.02}),
         (13, {"bench": "mix", "contender": "cpp"}, {"median": 1.03}),
+        (14, {"bench": "m2_mix", "contender": "mmfast"}, {"median": 1.05}),
+        (15, {"bench": "itc", "contender": "dense"}, {"median": 2.4}),
+        (16, {"bench": "sampling", "contender": "mmfast"}, {"median": 1.03}),
+        *(
+            (17 + i, {"bench": loss, "contender": "mmfast"}, {"percent_of_peak": 79.9})
+            for i, loss in enumerate(targets.LOSSES)
+        ),
     ],
 )
 def test_each_target_is_missed_by_its_own_worst_row(missed, which, change):
@@ -315,9 +372,10 @@ def test_a_tile_faster_than_its_limit_is_a_bad_reading():
 def test_a_peak_without_the_own_tile_judges_nothing():
     rows = good_rows()
     for r in rows:
-        if r["bench"] == "rate":
+        if "peaks" in r:
             r["peaks"] = {"torch.mm": 130.0}
-    assert [v.met for v in targets.judge(rows, [])][:3] == [None] * 3
+    met = [v.met for v in targets.judge(rows, [])]
+    assert met[:3] + met[17:] == [None] * 13
 
 
 def test_small_bfloat16_batches_of_256_are_no_target():
@@ -334,6 +392,33 @@ def test_bandwidth_is_shown_against_the_copy_of_its_race():
     ]
     last = report.bench_table("bandwidth", rows).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[-3:-1]] == ["32.0", "80"]
+
+
+def test_a_loss_with_a_queue_shows_how_long_it_is():
+    lines = report.bench_table("moco", [row("moco", "dense", 1.0, queue=65536)]).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:4]] == ["N", "queue", "D"]
+    assert [cell.strip() for cell in lines[2].split("|")[1:4]] == ["8192", "65536", "512"]
+
+
+def test_memory_of_a_loss_is_shown_per_element():
+    rows = [row("losses_memory", "hcl", 1.0, peak_mb=mb) for mb in (41.94304, None)]
+    lines = report.bench_table("losses_memory", rows).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["10.0", "-"]
+
+
+def test_the_quick_run_of_the_losses_fills_every_table(tmp_path):
+    command = [sys.executable, "-m", "bench", "losses", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = report.newest(tmp_path)
+    lacking = {u["bench"] for u in result.unavailable}
+    own = {r["bench"] for r in result.rows if r["contender"] == "mmfast"}
+    assert own | lacking == {*targets.LOSSES, "sampling"}
+    assert not own & lacking
+    assert all("percent_of_peak" in r for r in result.rows if r["bench"] != "losses_memory")
+    text = report.render([result], {})
+    for bench in (*targets.LOSSES, "sampling", "losses_memory"):
+        assert f"**{report.TITLES[bench]}**" in text
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]], when: str, **facts: Any) -> Path:
@@ -396,7 +481,7 @@ def test_a_quick_run_says_that_it_is_none(tmp_path):
     path = write(tmp_path, "clip", good_rows(), "2025-01-01", quick=True)
     text = report.render([report.load(path)], {})
     assert "These are no results." in text
-    assert text.count("not measured") == 14
+    assert text.count("not measured") == TARGETS
 
 
 def test_no_results_is_an_error(tmp_path, capsys):
@@ -427,6 +512,19 @@ def test_base_refuses_on_a_red_test(monkeypatch, capsys):
     assert main(["clip", "--base", "HEAD"]) == 1
     assert [command[-1] for command in calls] == ["tests/test_clip.py"]
     assert "never reported on a red test" in capsys.readouterr().out
+
+
+def test_base_asks_the_tests_of_every_loss_that_is_timed(monkeypatch, capsys):
+    calls = []
+
+    def last_is_red(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command[-1])
+        return subprocess.CompletedProcess(command, int(command[-1] == "tests/test_moco.py"))
+
+    monkeypatch.setattr(subprocess, "run", last_is_red)
+    assert main(["losses", "--base", "HEAD"]) == 1
+    assert calls == [f"tests/test_{stem}.py" for stem in ("mixup", "gmc", "moco")]
+    assert "tests/test_moco.py is red" in capsys.readouterr().out
 
 
 def test_table_columns_are_aligned():
