@@ -187,7 +187,13 @@ def _last_line(error: Exception) -> str:
 @cache
 def triton_jobs(quick: bool) -> tuple[Job, ...]:
     """Every kernel with every tile that a launch may take."""
-    jobs = (*_pairwise_lse_jobs(), *_combine_jobs(), *_sample_jobs(), *_slerp_jobs())
+    jobs = (
+        *_pairwise_lse_jobs(),
+        *_combine_jobs(),
+        *_pairwise_softplus_jobs(),
+        *_sample_jobs(),
+        *_slerp_jobs(),
+    )
     return tuple(job for job in jobs if not (quick and job.slow))
 
 
@@ -240,6 +246,8 @@ def _pairwise_lse_jobs() -> Iterator[Job]:
     }
     for (key, kind, arch), rows in tiles.TILES.items():
         name, _, masked = key.partition(", ")
+        if name not in kernels:
+            continue
         for largest, tile in rows:
             D = min(largest, DEPTH)
             constants = tiles.constants(name, D, kind, tile)
@@ -307,6 +315,34 @@ def _combine_jobs() -> Iterator[Job]:
             {"BLOCK": tiles.COMBINE},
             tile=str(tiles.COMBINE),
         )
+
+
+def _pairwise_softplus_jobs() -> Iterator[Job]:
+    from mmfast.kernels import _pairwise_lse_tiles as tiles
+    from mmfast.kernels import pairwise_softplus
+
+    kernel = pairwise_softplus.softplus_kernel
+    # what is asked for: (constants, absent arguments)
+    variants: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+        "sum alone": ({}, ("G", "Q_IDS", "K_IDS")),
+        "scale alone, ids": ({"SLOPES": True, "DOTS": True}, ("G",)),
+        "gradients": ({"SLOPES": True}, ("Q_IDS", "K_IDS")),
+        "gradients, ids": ({"SLOPES": True}, ()),
+    }
+    for (name, kind, arch), rows in tiles.TILES.items():
+        for _, tile in rows if name == "softplus" else ():
+            constants = tiles.constants(name, DEPTH, kind, tile)
+            for what, (asked, absent) in variants.items():
+                yield Job(
+                    f"pairwise_softplus, {kind}, D={DEPTH}, {what}",
+                    kernel,
+                    arch,
+                    _types(kernel, kind, without=absent),
+                    {"UNIT": 1.0, "SLOPES": False, "DOTS": False, **asked, **constants},
+                    tile=f"{tile.n}x{tile.m}x{tile.d}, {tile.warps} warps, {tile.stages} stages",
+                    tensor_cores=kind != "ieee",
+                    slow=what != "gradients, ids" or kind != "half",
+                )
 
 
 def _sample_jobs() -> Iterator[Job]:

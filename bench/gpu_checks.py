@@ -21,6 +21,7 @@ from bench.peers import first_line
 from mmfast._dispatch import Backend
 from mmfast.ops import BACKENDS
 from mmfast.ops import pairwise_lse as pairwise
+from mmfast.ops import pairwise_softplus as sigmoid
 from mmfast.ops import sample_negatives as sampling
 from mmfast.ops import slerp as spherical
 from mmfast.ops._inputs import SCORE_TYPE
@@ -32,6 +33,7 @@ from mmfast.testing import (
     in_double,
     lse_magnitudes,
     poisoned_memory,
+    softplus_magnitudes,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -245,6 +247,16 @@ def _lse_magnitudes(
     return lse_magnitudes(**inputs, rows=exact["rows"], columns=exact["columns"], upstream=upstream)
 
 
+def _reordered_softplus(inputs: Inputs) -> tuple[Tensor, ...]:
+    return (sigmoid.reference(**{**inputs, "q": inputs["q"].flip(1), "k": inputs["k"].flip(1)}),)
+
+
+def _softplus_magnitudes(
+    inputs: Inputs, exact: Results, upstream: list[Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    return softplus_magnitudes(inputs, upstream[0])
+
+
 def _drawn(
     inputs: Inputs, draw: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
@@ -310,6 +322,15 @@ SUBJECTS = {
         definition=lambda inputs: pairwise.reference(**inputs, columns=True),
         reordered=_reordered_lse,
         magnitudes=_lse_magnitudes,
+    ),
+    "pairwise_softplus": Subject(
+        leaves=("q", "k", "scale", "bias"),
+        outputs=("sum",),
+        wide=("sum", "dbias"),
+        run=lambda inputs, backend: (mmfast.pairwise_softplus(**inputs, backend=backend),),
+        definition=lambda inputs: (sigmoid.reference(**inputs),),
+        reordered=_reordered_softplus,
+        magnitudes=_softplus_magnitudes,
     ),
     "sample_negatives": Subject(
         leaves=("q", "k", "scale"),

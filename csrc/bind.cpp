@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <map>
 #include <string_view>
+#include <tuple>
 
 #include "cuda/ops.h"
 #include "dlpack.h"
@@ -54,7 +55,7 @@ View canonical(View x) {
   return x;
 }
 
-// The arrays every op on pairs is given.
+// The arrays every op over pairs is given.
 struct PairArrays {
   Array q, k, q_ids, k_ids, mask;
   Pairs pairs;
@@ -134,6 +135,22 @@ double backward(py::handle g_rows, py::handle g_columns, py::handle q, py::handl
     return mmfast::pairwise_lse_backward(in.pairs, gr.view(), gc.view(), r.view(), c.view(),
                                          dq_view, dk_view, need_scale, run);
   });
+}
+
+auto softplus(py::handle q, py::handle k, double scale, double bias, py::handle q_ids,
+              py::handle k_ids, py::handle dq, py::handle dk, bool need_scale, bool need_bias,
+              int threads) {
+  const PairArrays in(q, k, scale, q_ids, k_ids, py::none());
+  const Array q_out(dq, "dq", 2), k_out(dk, "dk", 2);
+  const View dq_view = canonical(q_out.view()), dk_view = canonical(k_out.view());
+  View q_like = in.pairs.q, k_like = in.pairs.k;
+  q_like.type = k_like.type = wide(q_like.type);
+  check_matrix(dq_view, "dq", q_like, true);
+  check_matrix(dk_view, "dk", k_like, true);
+  const auto sum = released(threads, [&](const Run& run) {
+    return mmfast::pairwise_softplus(in.pairs, bias, dq_view, dk_view, need_scale, need_bias, run);
+  });
+  return std::make_tuple(sum.value, sum.d_scale, sum.d_bias);
 }
 
 void sample_negatives(py::handle q, py::handle k, double scale, int64_t seed, py::handle q_ids,
@@ -311,6 +328,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("k"), py::arg("scale"), py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"),
         py::arg("rows"), py::arg("columns"), py::arg("dq"), py::arg("dk"), py::arg("need_scale"),
         py::arg("threads"));
+  m.def("pairwise_softplus", &softplus, py::arg("q"), py::arg("k"), py::arg("scale"),
+        py::arg("bias"), py::arg("q_ids"), py::arg("k_ids"), py::arg("dq"), py::arg("dk"),
+        py::arg("need_scale"), py::arg("need_bias"), py::arg("threads"));
   m.def("sample_negatives", &sample_negatives, py::arg("q"), py::arg("k"), py::arg("scale"),
         py::arg("seed"), py::arg("q_ids"), py::arg("k_ids"), py::arg("indices"),
         py::arg("threads"));

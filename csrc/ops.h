@@ -34,6 +34,17 @@ void pairwise_lse_forward(const Pairs&, View rows, View columns, const Run&);
 double pairwise_lse_backward(const Pairs&, View g_rows, View g_columns, View rows, View columns,
                              View dq, View dk, bool need_scale, const Run&);
 
+// The sum of softplus(S + bias) over the pairs, and its gradients with respect to scale and bias, 0
+// where they are not needed.
+struct SoftplusSum {
+  double value = 0, d_scale = 0, d_bias = 0;
+};
+
+// The same of q and k into dq [N, D] and dk [M, D] (f32, f64 for f64 inputs; contiguous); an empty
+// view is not asked for.
+SoftplusSum pairwise_softplus(const Pairs&, double bias, View dq, View dk, bool need_scale,
+                              bool need_bias, const Run&);
+
 // indices[i] (int64) = the column drawn for row i with probability proportional to exp S[i, j], or
 // -1 where no score is left that is above -inf. The same for the same seed, whatever runs it.
 void sample_negatives(const Pairs&, uint64_t seed, View indices, const Run&);

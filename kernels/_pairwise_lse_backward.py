@@ -23,11 +23,9 @@ from mmfast.kernels._tile import (
     fill_left_out,
     halves,
     products,
+    start_of,
     to_type,
 )
-
-# neighbouring programs share rows and columns in the cache: squares of this many tiles
-TILE_GROUP = tl.constexpr(8)
 
 
 @triton.jit
@@ -72,12 +70,7 @@ def gradient_kernel(
     and is 0 beyond [N, M].
     """
     i_tile = tl.program_id(0)
-    tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
-    first = i_tile // (TILE_GROUP * tiles_m) * TILE_GROUP
-    height = tl.minimum(tiles_n - first, TILE_GROUP)
-    inside = i_tile % (TILE_GROUP * tiles_m)
-    start_n, start_m = (first + inside % height) * BLOCK_N, inside // height * BLOCK_M
-
+    start_n, start_m = start_of(i_tile, N, M, BLOCK_N, BLOCK_M)
     o_n = start_n + tl.arange(0, BLOCK_N)
     o_q = tl.minimum(o_n, N - 1)
     o_k = tl.minimum(start_m + tl.arange(0, BLOCK_M), M - 1)

@@ -1,4 +1,4 @@
-"""Which tiles the kernels of pairwise_lse take, by kernel, type, architecture and depth.
+"""Which tiles the kernels over pairs take, by kernel, type, architecture and depth.
 
 Tables and not a search: the same tile every time, on a machine's first call too. Nothing here
 looks at the number of multiprocessors, so that two cards of one architecture agree to the bit.
@@ -62,6 +62,15 @@ TILES: Table = {
     ("gradient", "ieee", 90): ((ANY, _tile(64, 64, 32, 1, 4, 3)),),
     ("gradient", "ieee", 100): ((ANY, _tile(64, 64, 32, 1, 4, 3)),),
     ("gradient, mask", "half", 90): ((ANY, _masked(128, 128, 64, 2, 8, 3)),),
+    ("softplus", "half", 80): ((ANY, _tile(128, 128, 64, 2, 8, 3)),),
+    ("softplus", "half", 90): ((ANY, _tile(128, 128, 64, 2, 8, 3)),),
+    ("softplus", "half", 100): ((ANY, _tile(128, 128, 64, 2, 8, 3)),),
+    ("softplus", "tf32", 80): ((ANY, _tile(128, 128, 32, 2, 8, 3)),),
+    ("softplus", "tf32", 90): ((ANY, _tile(128, 128, 32, 2, 8, 3)),),
+    ("softplus", "tf32", 100): ((ANY, _tile(128, 128, 32, 2, 8, 3)),),
+    ("softplus", "ieee", 80): ((ANY, _tile(64, 64, 32, 1, 4, 3)),),
+    ("softplus", "ieee", 90): ((ANY, _tile(64, 64, 32, 1, 4, 3)),),
+    ("softplus", "ieee", 100): ((ANY, _tile(64, 64, 32, 1, 4, 3)),),
     ("product", "half", 80): ((ANY, _tile(128, 256, 64, 2, 8, 3)),),
     ("product", "half", 90): ((ANY, _tile(128, 256, 64, 2, 8, 3)),),
     ("product", "half", 100): ((ANY, _tile(128, 256, 64, 2, 8, 3)),),

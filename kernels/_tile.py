@@ -22,6 +22,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+# neighbouring programs share rows and columns in the cache: squares of this many tiles
+TILE_GROUP = tl.constexpr(8)
 
 
 class Tile(NamedTuple):
@@ -65,6 +67,11 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def float32(like: Tensor, *shape: int) -> Tensor:
+    """Unwritten memory on the device of `like`."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def dense(x: Tensor) -> Tensor:
     """`x` with neighbouring elements in every row; rows may have any stride."""
     x = x.detach()
@@ -105,6 +112,16 @@ def halves(b_x):
     ROWS: tl.constexpr = b_x.shape[0]
     COLUMNS: tl.constexpr = b_x.shape[1]
     return tl.split(tl.permute(tl.reshape(b_x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def start_of(i_tile, N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The first row and column of a tile of [N, M], each tile by one program."""
+    tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
+    first = i_tile // (TILE_GROUP * tiles_m) * TILE_GROUP
+    height = tl.minimum(tiles_n - first, TILE_GROUP)
+    inside = i_tile % (TILE_GROUP * tiles_m)
+    return (first + inside % height) * BLOCK_N, inside // height * BLOCK_M
 
 
 @triton.jit

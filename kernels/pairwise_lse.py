@@ -14,16 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
+from mmfast.kernels import _chunks as chunks
 from mmfast.kernels import _pairwise_lse_tiles as tiles
-from mmfast.kernels._pairwise_lse_backward import flash_kernel, gradient_kernel, product_kernel
+from mmfast.kernels._chunks import LIBRARY_PRODUCTS, WORKSPACE_BYTES
+from mmfast.kernels._pairwise_lse_backward import flash_kernel, gradient_kernel
 from mmfast.kernels._pairwise_lse_forward import combine_kernel, forward_kernel
-from mmfast.kernels._tile import INTERPRETED, dense, guard, on_device
+from mmfast.kernels._tile import dense, float32, guard, on_device
 
-# the most that a chunk of G may take; larger chunks touch the sums less often
-WORKSPACE_BYTES = 256 << 20
-# False: Triton multiplies the chunks too, in an order that depends on the tile alone. A library's
-# order may differ between cards and versions.
-LIBRARY_PRODUCTS = not INTERPRETED
 # beyond it the sum of a block of rows leaves no registers to spare
 LARGEST_FLASH_D = 128
 
@@ -51,8 +48,8 @@ def forward(
     row_blocks, column_tiles = triton.cdiv(N, tile.n), triton.cdiv(M, tile.m)
     blocks_per_group, tiles_per_split = tiles.shares(row_blocks, column_tiles, columns)
     grid = triton.cdiv(row_blocks, blocks_per_group), triton.cdiv(column_tiles, tiles_per_split)
-    row_parts = _float32(q, 2, grid[1], N)
-    column_parts = _float32(q, 2, grid[0], M) if columns else None
+    row_parts = float32(q, 2, grid[1], N)
+    column_parts = float32(q, 2, grid[0], M) if columns else None
     with guard(q):
         forward_kernel[grid](
             p.q, p.k, p.scale, p.q_ids, p.k_ids, p.mask, *row_parts,
@@ -79,8 +76,8 @@ def backward(
     need_scale: bool,
     *,
     flash: bool | None = None,
-    workspace_bytes: int | None = None,
-    library: bool | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    library: bool = LIBRARY_PRODUCTS,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dscale) in the types and on the devices of q, k and scale; None if not needed.
 
@@ -90,8 +87,8 @@ def backward(
         rows, columns: what `forward` returned; each is read only beside its upstream gradient.
         flash: without a workspace, for one product more; only for D <= 128 and without a mask,
             where it is the default.
-        workspace_bytes: default WORKSPACE_BYTES; 256 rows and columns of G are the least it can be.
-        library: default LIBRARY_PRODUCTS.
+        workspace_bytes: the most a chunk of G may take, at least 256 rows and columns.
+        library: whether a library multiplies the chunks, or Triton.
     """
     p = Problem.of(q, k, scale, q_ids, k_ids, mask, g_rows, rows, g_columns, columns)
     can_flash = q.shape[1] <= LARGEST_FLASH_D and mask is None
@@ -110,9 +107,7 @@ def backward(
                 dk, total_k = _flash(p, "k", need_scale and total is None)
                 total = total_k if total is None else total
         elif need_q or need_k:
-            most = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-            library = LIBRARY_PRODUCTS if library is None else library
-            dq, dk, total = _chunked(p, need_q, need_k, need_scale, most, library)
+            dq, dk, total = _chunked(p, need_q, need_k, need_scale, workspace_bytes, library)
         if need_scale and not (need_q or need_k):
             total = _dots(p)
     # a scale on the CPU beside inputs on a card: here, and only here, the call waits for the card
@@ -211,7 +206,7 @@ def _unit(g_rows: Tensor | None, g_columns: Tensor | None) -> Tensor | None:
 
 def _combine(parts: Tensor) -> Tensor:
     """[2, parts, N] to [N]."""
-    out = _float32(parts, parts.shape[2])
+    out = float32(parts, parts.shape[2])
     grid = (triton.cdiv(len(out), tiles.COMBINE),)
     combine_kernel[grid](parts[0], parts[1], out, len(out), parts.shape[1], BLOCK=tiles.COMBINE)
     return out
@@ -225,7 +220,7 @@ def _flash(p: Problem, side: str, need_dots: bool) -> tuple[Tensor, Tensor | Non
     (N, D), M = x.shape, y.shape[0]
     tile = tiles.pick("flash", x, N, M)
     dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    dots = _float32(x, N) if need_dots else None
+    dots = float32(x, N) if need_dots else None
     flash_kernel[(triton.cdiv(N, tile.n),)](
         x, y, p.scale, x_ids, y_ids, *x_sums, *y_sums, p.unit, dx, dots,
         N, M, x.stride(0), y.stride(0), **tiles.constants("flash", D, tiles.kind_of(x.dtype), tile),
@@ -237,36 +232,13 @@ def _chunked(
     p: Problem, need_q: bool, need_k: bool, need_dots: bool, most: int, library: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk and sum_ij G_ij <q_i, k_j>, by way of chunks of G of at most `most` bytes."""
-    N, M, _ = p.sizes
-    R, C = tiles.chunk(N, M, most // p.q.element_size())
-    # whole tiles, for kernels that load and store without masks
-    sides = (-(-size // tiles.LARGEST) * tiles.LARGEST for size in (R, C))
-    workspace = torch.empty(tuple(sides), dtype=p.q.dtype, device=p.q.device)
     dq = torch.empty_like(p.q, memory_format=torch.contiguous_format) if need_q else None
     dk = torch.empty_like(p.k, memory_format=torch.contiguous_format) if need_k else None
-    q_sum, k_sum = _sum_of(dq, R), _sum_of(dk, M)
     factor = p.scale if p.unit is None else p.scale / p.unit
-    dots: list[Tensor] = []
-    for i in range(0, N, R):
-        at_rows = slice(i, min(i + R, N))
-        sum_i = None if q_sum is None else (q_sum[at_rows] if q_sum is dq else q_sum[: N - i])
-        for j in range(0, M, C):
-            at_columns = slice(j, min(j + C, M))
-            part = p.part(at_rows, at_columns)
-            g = workspace[: part.sizes[0], : part.sizes[1]]
-            _gradient(part, g, None)
-            if sum_i is not None:
-                _add_product(sum_i, g, part.k, j == 0, library)
-            if k_sum is not None:
-                _add_product(k_sum[at_columns], g.T, part.q, i == 0, library)
-        if dq is not None and sum_i is not None:
-            dots += [_inner(p.q[at_rows], sum_i)] if need_dots else []
-            torch.mul(sum_i, factor, out=dq[at_rows])
-    if dk is not None and k_sum is not None:
-        for j in range(0, M, R) if need_dots and dq is None else ():
-            dots.append(_inner(p.k[j : j + R], k_sum[j : j + R]))
-        torch.mul(k_sum, factor, out=dk)
-    total = torch.stack(dots).sum() if dots else None
+    total = chunks.gradients(
+        lambda rows, columns, g: _gradient(p.part(rows, columns), g, None),
+        *(p.q, p.k, dq, dk, factor, need_dots, most, library),
+    )
     return dq, dk, total if total is None or p.unit is None else total / p.unit
 
 
@@ -274,7 +246,7 @@ def _dots(p: Problem) -> Tensor:
     """sum_ij G_ij <q_i, k_j> alone: no product but that of the scores, and G is not stored."""
     N, M, _ = p.sizes
     tile = tiles.pick("gradient", p.q, N, M, True)
-    dots = _float32(p.q, triton.cdiv(N, tile.n) * triton.cdiv(M, tile.m))
+    dots = float32(p.q, triton.cdiv(N, tile.n) * triton.cdiv(M, tile.m))
     _gradient(p, None, dots)
     total = dots.sum(dtype=torch.float64)
     return total if p.unit is None else total / p.unit
@@ -288,34 +260,3 @@ def _gradient(p: Problem, g: Tensor | None, dots: Tensor | None) -> None:
         *p, g, dots, N, M, *p.strides, 0 if g is None else g.stride(0),
         **tiles.constants("gradient", D, tiles.kind_of(p.q.dtype), tile),
     )  # fmt: skip
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, fresh: bool, library: bool) -> None:
-    """out (+)= a b in float32; `fresh`: what `out` holds does not count."""
-    if library and a.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=0 if fresh else 1, out=out)
-        return
-    if library and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=0 if fresh else 1, out=out)
-        return
-    (N, K), D = a.shape, b.shape[1]
-    tile = tiles.pick("product", a, N, D)
-    product_kernel[(triton.cdiv(N, tile.n) * triton.cdiv(D, tile.m),)](
-        a, b, out, N, K, *a.stride(), b.stride(0), out.stride(0), FRESH=fresh,
-        **tiles.constants("product", D, tiles.kind_of(a.dtype), tile),
-    )  # fmt: skip
-
-
-def _sum_of(gradient: Tensor | None, rows: int) -> Tensor | None:
-    """Where a gradient is summed: in itself if it is float32, otherwise `rows` rows of float32."""
-    if gradient is None or gradient.dtype == torch.float32:
-        return gradient
-    return _float32(gradient, rows, gradient.shape[1])
-
-
-def _inner(x: Tensor, gradient: Tensor) -> Tensor:
-    return (x * gradient).sum(dtype=torch.float64)
-
-
-def _float32(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)

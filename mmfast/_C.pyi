@@ -54,6 +54,24 @@ def pairwise_lse_backward(
 ) -> float:
     """Write dq and dk, each unless None, and return d/dscale (0.0 if not asked for)."""
 
+def pairwise_softplus(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    bias: float,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    need_scale: bool,
+    need_bias: bool,
+    threads: int,
+) -> tuple[float, float, float]:
+    """Write dq [N, D] and dk [M, D], each unless None, in float32 (float64 for float64 inputs).
+
+    Return the sum, d/dscale and d/dbias (0.0 if not asked for).
+    """
+
 def sample_negatives(
     q: Tensor,
     k: Tensor,

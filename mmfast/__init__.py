@@ -11,7 +11,9 @@ from mmfast.losses.hcl import hcl_loss
 from mmfast.losses.m3_mix import m3_mix_loss
 from mmfast.losses.mixup import l_mix_loss, m2_mix_loss, v_mix_loss, vl_mix_loss
 from mmfast.losses.moco import mct_loss, moco_loss, tagged_moco_loss
+from mmfast.losses.siglip import siglip_loss
 from mmfast.ops.pairwise_lse import pairwise_lse
+from mmfast.ops.pairwise_softplus import pairwise_softplus
 from mmfast.ops.sample_negatives import sample_negatives
 from mmfast.ops.slerp import slerp
 
@@ -33,7 +35,9 @@ __all__ = [
     "moco_loss",
     "nn",
     "pairwise_lse",
+    "pairwise_softplus",
     "sample_negatives",
+    "siglip_loss",
     "slerp",
     "tagged_moco_loss",
     "v_mix_loss",

@@ -5,5 +5,6 @@ from mmfast.losses.gmc import GMCLoss
 from mmfast.losses.m3_mix import M2MixLoss, M3MixLoss
 from mmfast.losses.moco import MoCoLoss
 from mmfast.losses.momentum_itc import MomentumITC
+from mmfast.losses.siglip import SigLipLoss
 
-__all__ = ["ClipLoss", "GMCLoss", "M2MixLoss", "M3MixLoss", "MoCoLoss", "MomentumITC"]
+__all__ = ["ClipLoss", "GMCLoss", "M2MixLoss", "M3MixLoss", "MoCoLoss", "MomentumITC", "SigLipLoss"]

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ class Case:
     """One problem: q [N, D] against k [M, D], and the reason it is there.
 
     tags: "quick" runs everywhere, "full" also through every level and type, "bench" is timed.
-    norm: the length of every row.
+    norm: the length of every row. bias: added to every score, where the op has one.
     left_out: "own" (row numbers as ids), "repeated" (few ids, many equal), "sorted" (ids in
         order, as samples of one class after another) and "mask", alone or with one of the ids.
     """
@@ -32,12 +32,13 @@ class Case:
     tags: tuple[str, ...] = ("full",)
     scale: float = 10.0
     norm: float = 1.0
+    bias: float | None = None
     left_out: tuple[str, ...] = ()
 
     def inputs(
         self, dtype: torch.dtype = torch.float32, *, device: str = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """Keyword arguments of the op: q, k, scale, and q_ids, k_ids, mask where the case has them.
+        """Keyword arguments of the op: q, k, scale, and what else the case has.
 
         q and k are leaves that require grad; k is a slice of a wider buffer of NaN.
         """
@@ -51,6 +52,8 @@ class Case:
             "k": k.requires_grad_(),
             "scale": torch.tensor(self.scale, dtype=torch.float64, requires_grad=True),
         }
+        if self.bias is not None:
+            made["bias"] = torch.tensor(self.bias, dtype=torch.float64, requires_grad=True)
         if "own" in self.left_out:
             made["q_ids"] = torch.arange(self.N, device=device)
             made["k_ids"] = torch.arange(self.M, device=device)
@@ -184,6 +187,14 @@ CASES: dict[str, tuple[Case | RowsCase, ...]] = {
         RowsCase("wide", 33, 24, "theta = 2.8: weights grow", _QUICK, angle=2.8),
     ),
 }  # fmt: skip
+CASES["pairwise_softplus"] = (
+    *(
+        replace(case, bias=-3.0)
+        for case in CASES["pairwise_lse"]
+        if isinstance(case, Case) and "full" in case.tags and "mask" not in case.left_out
+    ),
+    Case("tiny", 60, 80, 32, "terms near e^-20: relative accuracy", _QUICK, scale=3.0, bias=-20.0),
+)
 
 
 def find_case(op: str, id: str) -> Any:
@@ -281,6 +292,26 @@ def lse_magnitudes(
         "dq": float(scale * (weights @ k.abs()).max()),
         "dk": float(scale * (weights.T @ q.abs()).max()),
         "dscale": float((weights * products.abs()).sum()),
+    }
+
+
+@torch.no_grad()
+def softplus_magnitudes(made: dict[str, Any], upstream: Tensor) -> dict[str, float]:
+    """The same of pairwise_softplus for the inputs `made`."""
+    products, scale, bias = made["q"] @ made["k"].T, made["scale"], made["bias"]
+    logits = scale * products + bias
+    if "q_ids" in made:
+        logits = logits.masked_fill(made["q_ids"][:, None] == made["k_ids"], -math.inf)
+    of_scores = 1.0 + float((scale * products).abs().max() + bias.abs())
+    # each slope takes over the rounding of its score
+    slopes = logits.sigmoid() * (1 + of_scores)
+    weights = upstream.abs() * slopes
+    return {
+        "sum": float(torch.nn.functional.softplus(logits).sum() + slopes.sum()),
+        "dq": float(scale * (weights @ made["k"].abs()).max()),
+        "dk": float(scale * (weights.T @ made["q"].abs()).max()),
+        "dscale": float((weights * products.abs()).sum()),
+        "dbias": float(weights.sum()),
     }
 
 

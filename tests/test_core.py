@@ -1,5 +1,6 @@
 """The border of mmfast._C: what memory safety asks of arrays, and which instruction set runs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -102,6 +103,36 @@ def test_forward_refuses(changes, error, message):
 def test_backward_refuses(changes, error, message):
     with pytest.raises(error, match=message):
         backward(**changes)
+
+
+def softplus(**changes):
+    given = {
+        "q": torch.ones(4, 3),
+        "k": torch.ones(5, 3),
+        "scale": 1.0,
+        "bias": -3.0,
+        "q_ids": None,
+        "k_ids": None,
+        "dq": torch.empty(4, 3),
+        "dk": torch.empty(5, 3),
+        "need_scale": True,
+        "need_bias": True,
+        "threads": 1,
+    }
+    return core.pairwise_softplus(**{**given, **changes})
+
+
+def test_softplus_holds_gradients_as_wide_as_it_sums():
+    # every score is 0
+    assert softplus() == pytest.approx((20 * math.log(2), 30, 10))
+    half = {"q": torch.ones(4, 3).bfloat16(), "k": torch.ones(5, 3).bfloat16()}
+    assert softplus(**half) == pytest.approx((20 * math.log(2), 30, 10))
+    with pytest.raises(TypeError, match="dq has the wrong element type"):
+        softplus(**half, dq=torch.empty(4, 3).bfloat16())
+    with pytest.raises(ValueError, match=r"dk must be \[5, 3\], got \[4, 3\]"):
+        softplus(dk=torch.empty(4, 3))
+    with pytest.raises(ValueError, match="k must have 3 columns like q, got 2"):
+        softplus(k=torch.ones(5, 2))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,17 @@ class DenseClipLoss(nn.Module):
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
+class DenseSigLipLoss(nn.Module):
+    """What SigLipLoss replaces, for one process: the logit matrix against a matrix of signs."""
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None):
+        logits = logit_scale * image_features @ text_features.T
+        if logit_bias is not None:
+            logits = logits + logit_bias
+        signs = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+        return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(0)
@@ -32,9 +43,14 @@ def batch():
 
 
 @pytest.mark.parametrize("bias", [None, -3.0])
-def test_clip_loss_is_the_dense_twin(batch, bias):
+@pytest.mark.parametrize(
+    ("ours", "twin"),
+    [(mmfast.nn.ClipLoss, DenseClipLoss), (mmfast.nn.SigLipLoss, DenseSigLipLoss)],
+    ids=["clip", "siglip"],
+)
+def test_losses_are_their_dense_twins(batch, bias, ours, twin):
     bias = None if bias is None else torch.tensor(bias, dtype=torch.float64, requires_grad=True)
-    got, expected = mmfast.nn.ClipLoss()(*batch, bias), DenseClipLoss()(*batch, bias)
+    got, expected = ours()(*batch, bias), twin()(*batch, bias)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     for a, b in zip(
         torch.autograd.grad(got, batch), torch.autograd.grad(expected, batch), strict=True
@@ -51,11 +67,17 @@ def test_learnable_bias_takes_part_with_gradient_zero(batch):
     assert loss.dtype == torch.float64
 
 
-def test_call_by_keyword_as_a_trainer_does(batch):
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (mmfast.nn.ClipLoss, {"local_loss": True, "gather_with_grad": True}),
+        (mmfast.nn.SigLipLoss, {"dist_impl": "reduce"}),
+    ],
+    ids=["clip", "siglip"],
+)
+def test_call_by_keyword_as_a_trainer_does(batch, make, options):
     image, text, scale = batch
-    module = mmfast.nn.ClipLoss(
-        local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1
-    )
+    module = make(cache_labels=True, rank=0, world_size=1, **options)
     losses = module(
         image_features=image,
         text_features=text,
@@ -64,7 +86,7 @@ def test_call_by_keyword_as_a_trainer_does(batch):
         output_dict=True,
     )
     assert list(losses) == ["contrastive_loss"]
-    torch.testing.assert_close(losses["contrastive_loss"], module(image, text, scale))
+    torch.testing.assert_close(losses["contrastive_loss"], module(image, text, scale, None))
     assert not list(module.parameters())
     assert not module.state_dict()
 
@@ -72,6 +94,11 @@ def test_call_by_keyword_as_a_trainer_does(batch):
 def test_what_it_cannot_do_yet():
     with pytest.raises(ValueError, match="ClipLoss: world_size must be 1, got 4; sharing"):
         mmfast.nn.ClipLoss(world_size=4)
+    with pytest.raises(ValueError, match="SigLipLoss: world_size must be 1, got 2; sharing"):
+        mmfast.nn.SigLipLoss(world_size=2)
+    expected = "SigLipLoss: dist_impl must be None, 'bidir', 'shift', 'reduce' or 'gather', got 'x'"
+    with pytest.raises(ValueError, match=expected):
+        mmfast.nn.SigLipLoss(dist_impl="x")
     with pytest.raises(ValueError, match="ClipLoss: use_horovod must be False, got True"):
         mmfast.nn.ClipLoss(use_horovod=True)
 

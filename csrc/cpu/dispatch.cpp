@@ -16,16 +16,17 @@
 // The table of instruction sets and the calls that go through it.
 namespace mmfast {
 
-#define MMFAST_DECLARE(level)                                                          \
-  namespace level {                                                                    \
-  void pairwise_lse_forward(const Pairs&, View, View, const Run&);                     \
-  double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool, \
-                               const Run&);                                            \
-  void sample_negatives(const Pairs&, uint64_t, View, const Run&);                     \
-  void slerp_forward(View, View, View, View, const Run&);                              \
-  void slerp_backward(View, View, View, View, View, View, View, const Run&);           \
-  double tile_rate(Type, double, int);                                                 \
-  double multiply_add_rate(double, int);                                               \
+#define MMFAST_DECLARE(level)                                                              \
+  namespace level {                                                                        \
+  void pairwise_lse_forward(const Pairs&, View, View, const Run&);                         \
+  double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool,     \
+                               const Run&);                                                \
+  SoftplusSum pairwise_softplus(const Pairs&, double, View, View, bool, bool, const Run&); \
+  void sample_negatives(const Pairs&, uint64_t, View, const Run&);                         \
+  void slerp_forward(View, View, View, View, const Run&);                                  \
+  void slerp_backward(View, View, View, View, View, View, View, const Run&);               \
+  double tile_rate(Type, double, int);                                                     \
+  double multiply_add_rate(double, int);                                                   \
   }
 MMFAST_DECLARE(generic)
 #if defined(__x86_64__)
@@ -59,6 +60,7 @@ struct Level {
   bool (*runs)();
   decltype(&pairwise_lse_forward) forward;
   decltype(&pairwise_lse_backward) backward;
+  decltype(&pairwise_softplus) softplus;
   decltype(&sample_negatives) draw;
   decltype(&slerp_forward) mix;
   decltype(&slerp_backward) mix_backward;
@@ -66,11 +68,11 @@ struct Level {
   decltype(&multiply_add_rate) limit;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                                           \
-  Level {                                                                            \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward,             \
-        level::pairwise_lse_backward, level::sample_negatives, level::slerp_forward, \
-        level::slerp_backward, level::tile_rate, level::multiply_add_rate            \
+#define MMFAST_LEVEL_ROW(level, condition)                                                      \
+  Level {                                                                                       \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                        \
+        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives,        \
+        level::slerp_forward, level::slerp_backward, level::tile_rate, level::multiply_add_rate \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -134,6 +136,11 @@ void pairwise_lse_forward(const Pairs& pairs, View rows, View columns, const Run
 double pairwise_lse_backward(const Pairs& pairs, View g_rows, View g_columns, View rows,
                              View columns, View dq, View dk, bool need_scale, const Run& run) {
   return current().backward(pairs, g_rows, g_columns, rows, columns, dq, dk, need_scale, run);
+}
+
+SoftplusSum pairwise_softplus(const Pairs& pairs, double bias, View dq, View dk, bool need_scale,
+                              bool need_bias, const Run& run) {
+  return current().softplus(pairs, bias, dq, dk, need_scale, need_bias, run);
 }
 
 void sample_negatives(const Pairs& pairs, uint64_t seed, View indices, const Run& run) {

@@ -9,9 +9,6 @@
 // to a guess at its maximum; where that would lose a row or a column it takes two, exactly.
 namespace mmfast::MMFAST_LEVEL {
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-template <class T>
-constexpr T kInf = std::numeric_limits<T>::infinity();
 // sums below this, relative to the strip's maximum, may have lost terms to underflow
 template <class T>
 constexpr T kFaint = sizeof(T) == 8 ? 0x1p-500 : 0x1p-64;

@@ -169,9 +169,7 @@ template <class T>
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) all += s[r][v];
   }
-  double sum = 0;
-  for (int l = 0; l < kWidth<T>; ++l) sum += all[l];
-  return sum;
+  return sum_of_lanes<T>(all);
 }
 
 template <class P>
@@ -223,12 +221,6 @@ double backward(const Pairs& pairs, const View& g_rows, const View& g_columns, c
   const double d_scale = gradients.finish(pairs.scale, need_scale, run);
   if (!only_scale) return d_scale;
   return std::accumulate(scale_sums.begin(), scale_sums.end(), 0.0);
-}
-
-// Lanes lie along the longer side.
-bool turned(const Pairs& pairs) { return pairs.q.rows < pairs.k.rows; }
-Pairs turn(const Pairs& p) {
-  return {p.k, p.q, p.scale, p.k_ids, p.q_ids, p.mask ? p.mask.transposed() : p.mask};
 }
 
 }  // namespace

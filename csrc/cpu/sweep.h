@@ -23,6 +23,12 @@ struct Cut {
   long end(long i) const { return std::min(size, (i + 1) * width); }
 };
 
+// Lanes lie along the longer side.
+inline bool turned(const Pairs& pairs) { return pairs.q.rows < pairs.k.rows; }
+inline Pairs turn(const Pairs& p) {
+  return {p.k, p.q, p.scale, p.k_ids, p.q_ids, p.mask ? p.mask.transposed() : p.mask};
+}
+
 // The pairs that stay. Ids become integers as wide as a score, once a call.
 template <class T>
 class LeftOut {

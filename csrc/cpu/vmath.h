@@ -8,6 +8,10 @@
 // Exponentials and reductions on vectors. NaN stays NaN, and stays in its lane.
 namespace mmfast::MMFAST_LEVEL {
 
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+template <class T>
+constexpr T kInf = std::numeric_limits<T>::infinity();
+
 // a > b ? a : b; where a is NaN, b
 template <class T>
 inline Vec<T> larger(Vec<T> a, Vec<T> b) {
@@ -101,6 +105,45 @@ inline Vec<T> exp2(Vec<T> x) {
 #endif
 }
 
+// log2(1 + e) / e on [0, 1], least relative error (Remez): 3e-8 and 9e-18.
+template <class T>
+struct Log2Poly;
+template <>
+struct Log2Poly<float> {
+  static constexpr double c[] = {1.442694997456,   -0.7213402089835,  0.480692954539,
+                                 -0.3584083678718, 0.2756408086289,   -0.1971173970761,
+                                 0.1128540840101,  -0.04256564511657, 0.007548804519646};
+};
+template <>
+struct Log2Poly<double> {
+  static constexpr double c[] = {
+      1.4426950408889633943,    -0.72134752044446993755,    0.48089834696122703164,
+      -0.36067376011726750507,  0.28853900485241277728,     -0.2404491087371699301,
+      0.20609844614283456559,   -0.18032903780204150246,    0.16024564184459625264,
+      -0.1439882816355040245,   0.13000926315911852627,     -0.11653067056112528479,
+      0.10139272219008298755,   -0.082794271024331690652,   0.060834273423102431366,
+      -0.038409993287076176012, 0.019846604025345257246,    -0.0079381662711185873765,
+      0.0022820162804999589792, -0.00041667922983678873651, 0.000036129341758253509126};
+};
+
+// log2(1 + 2^x), the softplus in units of log 2, and its slope 2^x / (1 + 2^x): relatively exact
+// also where they are tiny, 0 at -inf.
+template <class T>
+struct Softplus {
+  Vec<T> value, slope;
+};
+template <class T>
+inline Softplus<T> softplus2(Vec<T> x) {
+  using Poly = Log2Poly<T>;
+  constexpr int kLast = sizeof(Poly::c) / sizeof(double) - 1;
+  const Vec<T> minus_size = (Vec<T>)((Ints<T>)x | (Ints<T>)broadcast<T>(-0.0));
+  const Vec<T> e = exp2<5, T>(minus_size), one = broadcast<T>(1);
+  Vec<T> p = broadcast<T>(Poly::c[kLast]);
+#pragma GCC unroll 24
+  for (int i = kLast - 1; i >= 0; --i) p = p * e + broadcast<T>(Poly::c[i]);
+  return {larger<T>(Vec<T>{}, x) + p * e, select<T>(x > 0, one, e) / (one + e)};
+}
+
 // Lanes of a and b, as if one vector of twice the width, by the index of each lane of the result.
 template <class T, class Index, size_t... I>
 inline Vec<T> shuffle(Vec<T> a, Vec<T> b, Index index, std::index_sequence<I...>) {
@@ -154,6 +197,13 @@ inline T largest_lane(Vec<T> v) {
   T best = v[0];
   for (int i = 1; i < kWidth<T>; ++i) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+template <class T>
+inline double sum_of_lanes(Vec<T> v) {
+  double sum = 0;
+  for (int i = 0; i < kWidth<T>; ++i) sum += v[i];
+  return sum;
 }
 
 template <class T>

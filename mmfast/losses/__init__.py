@@ -8,6 +8,7 @@ from mmfast.losses.m3_mix import M2MixLoss, M3MixLoss, m3_mix_loss
 from mmfast.losses.mixup import l_mix_loss, m2_mix_loss, v_mix_loss, vl_mix_loss
 from mmfast.losses.moco import MoCoLoss, mct_loss, moco_loss, tagged_moco_loss
 from mmfast.losses.momentum_itc import MomentumITC
+from mmfast.losses.siglip import SigLipLoss, siglip_loss
 
 __all__ = [
     "ClipLoss",
@@ -16,6 +17,7 @@ __all__ = [
     "M3MixLoss",
     "MoCoLoss",
     "MomentumITC",
+    "SigLipLoss",
     "clip_loss",
     "gmc_embedding",
     "gmc_loss",
@@ -29,6 +31,7 @@ __all__ = [
     "mct_loss",
     "mlm_loss",
     "moco_loss",
+    "siglip_loss",
     "tagged_moco_loss",
     "v_mix_loss",
     "vl_mix_loss",

@@ -178,6 +178,11 @@ def check_options(who: str, reduction: Any, same_id: Any = "exclude", group: Any
         raise ValueError(f"{who}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if same_id not in ("exclude", "positive"):
         raise ValueError(f"{who}: same_id must be 'exclude' or 'positive', got {same_id!r}")
+    check_group(who, group)
+
+
+def check_group(who: str, group: Any) -> None:
+    """Raises unless no process group is given."""
     if group is not None:
         raise ValueError(
             f"{who}: group= is not supported yet, expected None, got {type(group).__name__}; "
@@ -211,3 +216,12 @@ def as_logit_scale(who: str, x: Tensor, temperature: Any) -> Tensor:
     if not isinstance(temperature, Tensor) and as_number(who, "temperature", temperature) <= 0:
         raise ValueError(f"{who}: temperature must be positive, got {temperature}")
     return as_scale(who, x, temperature, "temperature").reciprocal()
+
+
+def check_one_process(who: str, world_size: Any) -> None:
+    """Raises unless the Module `who` is told of one process."""
+    if world_size != 1:
+        raise ValueError(
+            f"{who}: world_size must be 1, got {world_size}; "
+            "sharing a batch among processes is not supported yet"
+        )

@@ -23,6 +23,7 @@ from mmfast.losses._terms import (
     SameId,
     check_batch,
     check_ids,
+    check_one_process,
     check_options,
     check_rows,
     check_share,
@@ -210,11 +211,7 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        if world_size != 1:
-            raise ValueError(
-                f"ClipLoss: world_size must be 1, got {world_size}; "
-                "sharing a batch among processes is not supported yet"
-            )
+        check_one_process("ClipLoss", world_size)
         if use_horovod:
             raise ValueError(
                 "ClipLoss: use_horovod must be False, got True; Horovod is not supported"

@@ -2,12 +2,14 @@
 
 from mmfast._dispatch import Backend
 from mmfast.ops import pairwise_lse as _pairwise_lse
+from mmfast.ops import pairwise_softplus as _pairwise_softplus
 from mmfast.ops import sample_negatives as _sample_negatives
 from mmfast.ops import slerp as _slerp
 
 # every op's backends, fastest first; what `mmfast info` and the tests go through
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "pairwise_lse": _pairwise_lse.BACKENDS,
+    "pairwise_softplus": _pairwise_softplus.BACKENDS,
     "sample_negatives": _sample_negatives.BACKENDS,
     "slerp": _slerp.BACKENDS,
 }

@@ -1,7 +1,8 @@
-// What a level's headers compute: exponentials, angles, row sums, half types, the tile's product,
-// noise.
+// What a level's headers compute: exponentials, softplus, angles, row sums, half types, the tile's
+// product, noise.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "../../csrc/cpu/noise.h"
@@ -115,6 +116,30 @@ void check_rows_alone() {
 }
 
 template <class T>
+void check_softplus2(double tolerance) {
+  const double lowest = sizeof(T) == 8 ? -1022 : -126;
+  for (double x = lowest + 1; x <= 1 - lowest; x += 0.0137) {
+    const T at = T(x);
+    const auto [value, slope] = softplus2<T>(broadcast(at));
+    const double power = std::exp2(-std::abs(double(at)));
+    const double exact = std::max<double>(at, 0) + std::log1p(power) * kLog2e;
+    const double exact_slope = (at > 0 ? 1 : power) / (1 + power);
+    CHECK(std::abs(value[0] - exact) <= tolerance * exact, "at %g: %g", x, double(value[0]));
+    CHECK(std::abs(slope[0] - exact_slope) <= tolerance * exact_slope, "at %g: %g", x,
+          double(slope[0]));
+  }
+  Vec<T> odd = {-kInf<T>, kInf<T>};
+  const auto ends = softplus2<T>(odd);
+  CHECK(ends.value[0] == 0 && ends.slope[0] == 0);
+  CHECK(ends.value[1] == kInf<T> && ends.slope[1] == 1);
+  // NaN stays in its lane
+  odd[0] = std::numeric_limits<T>::quiet_NaN(), odd[1] = 0;
+  const auto mixed = softplus2<T>(odd);
+  CHECK(std::isnan(mixed.value[0]) && std::isnan(mixed.slope[0]));
+  CHECK(std::abs(mixed.value[1] - 1) < 1e-6 && mixed.slope[1] == 0.5);
+}
+
+template <class T>
 void check_sums() {
   Vec<T> rows[kWidth<T>];
   T expected[kWidth<T>] = {};
@@ -126,6 +151,7 @@ void check_sums() {
   }
   const Vec<T> sums = sums_of<T>(rows);
   for (int i = 0; i < kWidth<T>; ++i) CHECK(sums[i] == expected[i], "row %d", i);
+  CHECK(sum_of_lanes<T>(sums) == std::accumulate(expected, expected + kWidth<T>, 0.0));
 }
 
 template <class T>
@@ -257,6 +283,8 @@ void test() {
   check_exp2<float, 4>(3e-6);
   check_exp2<float, 5>(3e-7);
   check_exp2<double, 11>(5e-16);
+  check_softplus2<float>(4e-7);
+  check_softplus2<double>(1e-15);
   check_angles<float>();
   check_angles<double>();
   check_rows_alone<float>();

@@ -1,0 +1,113 @@
+"""The sigmoid loss of SigLIP, without the matrix of similarities.
+
+With l_ij = logit_scale * <image_i, text_j> + logit_bias every pair is a binary decision of its own,
+
+    loss = 1/B [ sum over i != j of softplus(l_ij) + sum over i of softplus(-l_ii) ],
+
+which is -1/B sum log sigmoid(z_ij l_ij) with z_ij = 1 on the diagonal and -1 elsewhere. The own
+pairs are left out of the sweep and added by rows, in float32 from bfloat16 rows too, so that value
+and gradient keep their relative accuracy however small the loss.
+
+Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, equation 1 and algorithm 1.
+open_clip's SigLipLoss computes the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.losses._terms import check_group, check_one_process, check_rows, row_scores, softplus
+from mmfast.ops._inputs import as_scale
+from mmfast.ops.pairwise_softplus import pairwise_softplus
+
+
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The sigmoid loss over all pairs, divided by the batch (not by the number of pairs).
+
+    Args:
+        image, text: [B, D] of one dtype (float32, float64, bfloat16, float16) and device; row i
+            of one belongs to row i of the other. They are used as given: normalise them before.
+        logit_scale, logit_bias: multiplies the products (exp of the learned parameter, as open_clip
+            and transformers pass it), and is added to them; each a number or a differentiable
+            tensor of one element, whose value is not checked.
+        group: a process group; only None for now.
+        backend: passed to `pairwise_softplus`; None picks the fastest that can run.
+
+    Returns:
+        A scalar: float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: a shape, device or number that does not fit.
+        TypeError: a dtype or type that does not fit.
+        RuntimeError: `backend` cannot run here; the message says why.
+    """
+    who = "siglip_loss"
+    check_group(who, group)
+    image = check_rows(who, "image", image, ("B", "D"))
+    text = check_rows(who, "text", text, tuple(image.shape), ("image", image))
+    scale = as_scale(who, image, logit_scale, "logit_scale")
+    bias = as_scale(who, image, logit_bias, "logit_bias")
+
+    own = torch.arange(len(image), device=image.device)
+    others = pairwise_softplus(image, text, scale, bias, q_ids=own, k_ids=own, backend=backend)
+    positives = row_scores(image, text, scale) + bias
+    return (others + softplus(-positives).sum()) / len(image)
+
+
+class SigLipLoss(nn.Module):
+    """`siglip_loss` with the signature of open_clip's SigLipLoss, for one process.
+
+    Args:
+        cache_labels: accepted as open_clip's is; there are no labels to keep.
+        rank: number of this process.
+        world_size: number of processes; only 1 for now.
+        dist_impl: how open_clip's ranks exchange their texts: "bidir", "shift", "reduce" or
+            "gather". With one process it changes nothing.
+
+    Raises:
+        ValueError: world_size is not 1, or dist_impl is another word.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_one_process("SigLipLoss", world_size)
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(
+                "SigLipLoss: dist_impl must be None, 'bidir', 'shift', 'reduce' or 'gather', "
+                f"got {dist_impl!r}"
+            )
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of unit rows image_features, text_features [B, D]; a bias of None is 0.
+
+        With output_dict=True the result is {"contrastive_loss": loss}.
+        """
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = siglip_loss(image_features, text_features, logit_scale, bias)
+        return {"contrastive_loss": loss} if output_dict else loss
