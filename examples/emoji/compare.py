@@ -1,7 +1,7 @@
 """mmfast's loss beside the dense one: time, and memory that belongs to the loss alone.
 
-Started as a program (`python compare.py mmfast 512 2`) it measures one loss in a fresh process
-and prints how far the resident memory rose, in bytes.
+Started as a program (`python compare.py mmfast 512 2`) it measures one loss, of LOSSES or RECIPES,
+in a fresh process and prints how far the resident memory rose, in bytes.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from heads import WIDTH, FirstColumns
+from recipes import RECIPES
 from torch import Tensor
 
 import mmfast
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-WIDTH = 256
+Loss = Callable[..., Tensor]
+Inputs = tuple[Tensor, ...]
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -46,7 +48,15 @@ def loss_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return image, text, scale
 
 
-def forward_backward(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def subject(name: str, batch: int) -> tuple[Loss, Inputs]:
+    """A loss and its inputs; of a recipe the loss alone, on rows as its heads would give them."""
+    image, text, scale = loss_inputs(batch)
+    if name in LOSSES:
+        return LOSSES[name], (image, text, scale)
+    return RECIPES[name](make_head=FirstColumns).loss, (image, text)
+
+
+def forward_backward(loss: Loss, inputs: Inputs) -> None:
     """The loss and all of its gradients, once."""
     torch.autograd.grad(loss(*inputs), inputs)
 
@@ -64,7 +74,7 @@ def median_ms(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def saved_bytes(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> int:
+def saved_bytes(loss: Loss, inputs: Inputs) -> int:
     """Bytes that autograd keeps until backward, beyond the inputs, which exist anyway."""
     storages: dict[int, int] = {}
 
@@ -82,20 +92,20 @@ def saved_bytes(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(batch: int, threads: int) -> dict[str, int | None]:
+def peak_bytes(names: Iterable[str], batch: int, threads: int) -> dict[str, int | None]:
     """Rise of the peak resident memory over one forward and backward, each in its own process.
 
     Counts everything: what is saved, temporaries, workspaces inside compiled code, and the two
-    gradients (2·batch·WIDTH floats) that both losses must return. None without Linux's /proc.
+    gradients (2·batch·WIDTH floats) that every loss must return. None without Linux's /proc.
     """
     if not os.access(CLEAR_REFS, os.W_OK):
-        return dict.fromkeys(LOSSES)
+        return dict.fromkeys(names)
     command = [sys.executable, __file__]
     children = {
         name: subprocess.Popen(
             [*command, name, str(batch), str(threads)], stdout=subprocess.PIPE, text=True
         )
-        for name in LOSSES
+        for name in names
     }
     peaks: dict[str, int | None] = {}
     for name, child in children.items():
@@ -116,12 +126,12 @@ def measure_own_peak(name: str, batch: int, threads: int) -> int:
     """peak_bytes' child: how far one forward and backward lifts this process."""
     torch.set_num_threads(threads)
     # a small call first: starting threads and loading code is not the loss's memory
-    forward_backward(LOSSES[name], loss_inputs(64))
-    inputs = loss_inputs(batch)
+    forward_backward(*subject(name, 64))
+    loss, inputs = subject(name, batch)
     # "5" sets the kernel's high-water mark back to the present
     CLEAR_REFS.write_text("5")
     before = resident("VmRSS")
-    forward_backward(LOSSES[name], inputs)
+    forward_backward(loss, inputs)
     return resident("VmHWM") - before
 
 

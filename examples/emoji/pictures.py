@@ -1,4 +1,4 @@
-"""Three pictures of a training, as PNG files. Colours are told apart by colour-blind eyes too."""
+"""Pictures of trainings, as PNG files. Colours are told apart by colour-blind eyes too."""
 
 from __future__ import annotations
 
@@ -120,6 +120,40 @@ def nearest_captions(
             bars.text(0.01, place, short(pairs.names[caption], 44), weight=weight, **style)
             bars.text(1, place, f"{cosine:.2f}", ha="right", weight=weight, **style)
     return save(figure, path)
+
+
+def uniformity_and_alignment(path: Path, results: dict[str, dict[str, float]]) -> Path:
+    """One point a loss, better towards the lower left, as Wang and Isola (2020) draw it."""
+    names = sorted(results, key=lambda name: results[name]["alignment"])
+    x, y = (np.array([results[name][key] for name in names]) for key in ("uniformity", "alignment"))
+    ways = "recall@1 image to text", "recall@1 text to image"
+    found = [np.mean([results[name][way] for way in ways]) for name in names]
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    style = {"cmap": "cividis", "s": 70, "edgecolor": "white", "linewidth": 0.8, "zorder": 3}
+    points = axes.scatter(x, y, c=found, **style)
+    figure.colorbar(points, label="recall@1, mean of both ways")
+    # labels in a column of their own: losses that learn alike have points that overlap
+    places = apart(y, 0.05 * max(np.ptp(y), 0.1))
+    edge = x.max() + 0.12 * max(np.ptp(x), 0.1)
+    for name, *point, place in zip(names, x, y, places, strict=True):
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+        axes.annotate(name, point, (edge, place), va="center", color=INK, arrowprops=line)
+    axes.set_xlim(right=edge + 0.12 * max(np.ptp(x), 0.1))
+    axes.set_ylim(top=max(y.max(), places[-1]) + 0.05 * max(np.ptp(y), 0.1))
+    axes.set_xlabel("uniformity, mean of both modalities (lower: better spread)")
+    axes.set_ylabel("alignment (lower: pairs closer)")
+    axes.set_title("What each loss makes of the sphere", loc="left", weight="bold")
+    better = {"xycoords": "axes fraction", "textcoords": "axes fraction", "arrowprops": ARROW}
+    axes.annotate("better", (0.02, 0.02), (0.12, 0.14), **better)
+    tidy(axes)
+    return save(figure, path)
+
+
+def apart(heights: np.ndarray, least: float) -> np.ndarray:
+    """Rising heights, moved up so far that neighbours are at least this far apart."""
+    steps = least * np.arange(len(heights))
+    return np.maximum.accumulate(heights - steps) + steps
 
 
 def short(name: str, length: int) -> str:
