@@ -116,6 +116,21 @@ def test_second_derivatives_are_refused(compiled_backend):
         torch.func.grad(lambda q: first(q).sum())(q.detach())
 
 
+def test_func_grad_inside_compile_is_right_or_refused(compiled_backend):
+    q, k = random_pair(requires_grad=False, dtype=widest(compiled_backend))
+
+    def first(q):
+        return torch.func.grad(
+            lambda q: pairwise_softplus(q, k, 1.5, -0.5, backend=compiled_backend)
+        )(q)
+
+    compiled = torch.compile(first, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), first(q))  # traced up to the call
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match='only backend="eager" runs'):
+        torch.compile(first, fullgraph=True, backend="aot_eager")(q)
+
+
 def test_forward_mode_is_refused_and_not_dropped(compiled_backend):
     q, k = random_pair(dtype=widest(compiled_backend), requires_grad=False)
     with forward_ad.dual_level():

@@ -11,27 +11,27 @@
 namespace mmfast::MMFAST_LEVEL {
 
 // 32 bits a lane, in its lower half; the upper one holds anything
-using Lanes = typename Simd<double>::Bits;
+using Words = typename Simd<double>::Bits;
 
-inline Lanes lower_product(Lanes a, uint32_t b) {
+inline Words lower_product(Words a, uint32_t b) {
 #if defined(__AVX512F__)
-  return (Lanes)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+  return (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif defined(__AVX2__)
-  return (Lanes)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+  return (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(__x86_64__)
-  return (Lanes)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+  return (Words)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 #else
   return (a & 0xffffffff) * uint64_t{b};
 #endif
 }
 
 // A shuffle, where a shift would wait for the unit that multiplies.
-inline Lanes upper_halves(Lanes a) {
-  return (Lanes)shuffle<float>((Vec<float>)a, (Vec<float>)a, [](size_t l) { return l | 1; });
+inline Words upper_halves(Words a) {
+  return (Words)shuffle<float>((Vec<float>)a, (Vec<float>)a, [](size_t l) { return l | 1; });
 }
 
 struct Quad {
-  Lanes a, b, c, d;
+  Words a, b, c, d;
 };
 
 // The words of each lane's counter by Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random
@@ -40,8 +40,8 @@ struct Quad {
   uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Lanes p = lower_product(x.a, 0xD2511F53);
-    const Lanes q = lower_product(x.c, 0xCD9E8D57);
+    const Words p = lower_product(x.a, 0xD2511F53);
+    const Words q = lower_product(x.c, 0xCD9E8D57);
     x = {upper_halves(q) ^ x.b ^ uint64_t{low}, q, upper_halves(p) ^ x.d ^ uint64_t{high}, p};
     low += 0x9E3779B9, high += 0xBB67AE85;
   }
@@ -50,7 +50,7 @@ struct Quad {
 
 // The four words of a counter side by side, those of the next behind them.
 inline void store_across(const Quad& x, uint32_t* to) {
-  const auto pair = [](Lanes low, Lanes high) {
+  const auto pair = [](Words low, Words high) {
     return (Vec<double>)((low & 0xffffffff) | high << 32);
   };
   constexpr size_t kLanes = kWidth<double>;
@@ -65,7 +65,7 @@ inline void store_across(const Quad& x, uint32_t* to) {
 // The same words below one another in rows `stride` apart, those of the next counter beside them.
 inline void store_down(const Quad& x, uint32_t* to, long stride) {
   typedef uint32_t Half __attribute__((vector_size(kVectorBytes / 2)));
-  const Lanes words[] = {x.a, x.b, x.c, x.d};
+  const Words words[] = {x.a, x.b, x.c, x.d};
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
     const Half row = __builtin_convertvector(words[r], Half);

@@ -66,7 +66,7 @@ class Strip {
   // Words, and bounds of their noise, of kRows rows from i on. A counter is (column / 4, row) of S.
   void fill(uint64_t key, uint64_t i, uint64_t j) {
     constexpr uint64_t kQuads = kCols / 4;
-    Lanes place, zero = {};
+    Words place, zero = {};
     for (int l = 0; l < kWidth<double>; ++l) place[l] = l;
     for (long t = 0; t < kCols; t += kWidth<double>, place += kWidth<double>) {
       if (kTurned) {

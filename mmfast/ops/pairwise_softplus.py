@@ -218,7 +218,8 @@ def pairwise_softplus(
         TypeError: an argument of the wrong type; integer or mixed types of q and k.
         ValueError: a wrong shape, device or Python number, an empty side, an unknown backend.
         RuntimeError: `backend` cannot run here; the message says why.
-        NotImplementedError: differentiated twice through a compiled backend.
+        NotImplementedError: differentiated twice through a compiled backend, or a transform of
+            torch.func around one inside torch.compile.
     """
     check_tensor("pairwise_softplus", "q", q)
     check_tensor("pairwise_softplus", "k", k)
@@ -237,7 +238,7 @@ def pairwise_softplus(
         k = k.view_as(k) if k is q else k
         k_ids = k_ids.view_as(k_ids) if k_ids is not None and k_ids is q_ids else k_ids
         bias = bias.view_as(bias) if bias is scale else bias
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    transformed = _dispatch.transformed("pairwise_softplus")
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (q, k, scale, bias)]
     if transformed or any(needs) or forward_ad._current_level >= 0:
         apply: Any = (_PairwiseSoftplus if transformed else _EagerPairwiseSoftplus).apply

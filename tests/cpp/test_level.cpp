@@ -242,7 +242,7 @@ void check_philox() {
        {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
   };
   constexpr int kLanes = kWidth<double>;
-  const Lanes zero = {};
+  const Words zero = {};
   for (const auto& k : known) {
     const auto& c = k.counter;
     const Quad words = philox({zero + c[0], zero + c[1], zero + c[2], zero + c[3]}, k.key);
