@@ -7,8 +7,9 @@ import subprocess
 
 import pytest
 
-from mmfast._dispatch import core
+from mmfast import _dispatch
 
+core = getattr(_dispatch, "core", None)
 pytestmark = [
     pytest.mark.skipif(core is None, reason="no compiled core"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 instructions"),

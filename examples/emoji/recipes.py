@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import mmfast
-from mmfast.losses.moco import KeyQueue
 
 TEMPERATURE = 0.07
 # slow heads that follow faster (0.9) let MoCo collapse; a longer queue meets an epoch's pairs twice
@@ -102,7 +101,7 @@ class Queued(Recipe):
         average = get_ema_multi_avg_fn(MOMENTUM)
         self.slow = AveragedModel(self.heads, multi_avg_fn=average).requires_grad_(False)
         self.image_queue, self.text_queue = (
-            KeyQueue(F.normalize(torch.randn(QUEUE, WIDTH))) for _ in range(2)
+            mmfast.nn.KeyQueue(F.normalize(torch.randn(QUEUE, WIDTH))) for _ in range(2)
         )
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
