@@ -236,7 +236,7 @@ def nvcc_rows(architectures: Sequence[int]) -> list[Row]:
 def _pairwise_lse_jobs() -> Iterator[Job]:
     from mmfast.kernels import _pairwise_lse_backward as backward
     from mmfast.kernels import _pairwise_lse_forward as forward
-    from mmfast.kernels import _pairwise_lse_tiles as tiles
+    from mmfast.kernels import _tiles as tiles
 
     kernels = {
         "forward": forward.forward_kernel,
@@ -304,7 +304,7 @@ def _pairwise_lse_jobs() -> Iterator[Job]:
 
 def _combine_jobs() -> Iterator[Job]:
     from mmfast.kernels import _pairwise_lse_forward as forward
-    from mmfast.kernels import _pairwise_lse_tiles as tiles
+    from mmfast.kernels import _tiles as tiles
 
     for arch in ARCHITECTURES:
         yield Job(
@@ -318,7 +318,7 @@ def _combine_jobs() -> Iterator[Job]:
 
 
 def _pairwise_softplus_jobs() -> Iterator[Job]:
-    from mmfast.kernels import _pairwise_lse_tiles as tiles
+    from mmfast.kernels import _tiles as tiles
     from mmfast.kernels import pairwise_softplus
 
     kernel = pairwise_softplus.softplus_kernel

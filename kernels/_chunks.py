@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.kernels import _pairwise_lse_tiles as tiles
+from mmfast.kernels import _tiles as tiles
 from mmfast.kernels._pairwise_lse_backward import product_kernel
 from mmfast.kernels._tile import INTERPRETED, float32
 

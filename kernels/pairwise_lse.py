@@ -1,6 +1,6 @@
 """Log-sum-exp of all scaled similarities and its gradients: which Triton kernels run, on what.
 
-`_pairwise_lse_forward` and `_pairwise_lse_backward` hold the kernels, `_pairwise_lse_tiles` how
+`_pairwise_lse_forward` and `_pairwise_lse_backward` hold the kernels, `_tiles` how
 they cut a problem. Nothing here reads back from a card or launches by what tensors hold, so that
 a call can be captured in a CUDA graph (with a scale on the card: one on the CPU becomes part of
 the graph).
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from mmfast.kernels import _chunks as chunks
-from mmfast.kernels import _pairwise_lse_tiles as tiles
+from mmfast.kernels import _tiles as tiles
 from mmfast.kernels._chunks import LIBRARY_PRODUCTS, WORKSPACE_BYTES
 from mmfast.kernels._pairwise_lse_backward import flash_kernel, gradient_kernel
 from mmfast.kernels._pairwise_lse_forward import combine_kernel, forward_kernel

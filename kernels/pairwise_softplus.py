@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels import _chunks as chunks
-from mmfast.kernels import _pairwise_lse_tiles as tiles
+from mmfast.kernels import _tiles as tiles
 from mmfast.kernels._chunks import LIBRARY_PRODUCTS, WORKSPACE_BYTES
 from mmfast.kernels._tile import (
     INF,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels import _pairwise_lse_tiles as tiles
+from mmfast.kernels import _tiles as tiles
 from mmfast.kernels._tile import (
     INF,
     Tile,

@@ -11,8 +11,8 @@ from mmfast.testing import find_case
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from mmfast.kernels import _pairwise_lse_tiles as tiles  # noqa: E402
 from mmfast.kernels import _tile, pairwise_lse  # noqa: E402
+from mmfast.kernels import _tiles as tiles  # noqa: E402
 
 # in the interpreter where there is no card (conftest.py asks for it)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

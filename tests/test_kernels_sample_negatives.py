@@ -11,7 +11,7 @@ from mmfast.testing import random_pair
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from mmfast.kernels import _pairwise_lse_tiles as tiles  # noqa: E402
+from mmfast.kernels import _tiles as tiles  # noqa: E402
 from mmfast.kernels import sample_negatives as kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
