@@ -23,7 +23,7 @@ TILES = {"zmm": 24, "ymm": 12}
 
 
 def loops():
-    """Bodies of the innermost loops of at most 60 instructions, as (name, operands)."""
+    """Bodies of the innermost loops of at most 120 instructions, as (name, operands)."""
     listing = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", core.__file__],
         check=True,
@@ -36,7 +36,7 @@ def loops():
             continue
         address, name, operands = match.groups()
         start = places.get(operands) if name.startswith("j") else None
-        if start is not None and len(seen) - start <= 60:
+        if start is not None and len(seen) - start <= 120:
             body = seen[start:]
             if not any(inner.startswith("j") for inner, _ in body):
                 yield body

@@ -30,17 +30,19 @@ struct Epilogue {
   // Adds up softplus over a tile of scores, and its slopes, which take the scores' place.
   template <bool kSlopes>
   [[gnu::always_inline]] static void add(Sums<T>& s, SoftplusSum& sum) {
-    Vec<T> values = {}, slopes = {};
+    Softplus2<T> columns[kTileVectors];
+    Vec<T> slopes = {};
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        const auto [value, slope] = softplus2<T>(s[r][v]);
-        values += value;
+        const Vec<T> slope = columns[v].add(s[r][v]);
         if (kSlopes) slopes += slope, s[r][v] = slope;
       }
     }
-    sum.value += sum_of_lanes<T>(values);
+#pragma GCC unroll 4
+    for (int v = 1; v < kTileVectors; ++v) columns[0].add(columns[v]);
+    sum.value += sum_of_lanes<T>(columns[0].value());
     if (kSlopes) sum.d_bias += sum_of_lanes<T>(slopes);
   }
 
@@ -84,7 +86,11 @@ SoftplusSum softplus(const Pairs& pairs, double bias, const View& dq, const View
             const long rows = std::min<long>(kTileRows, count - r);
             if (only_scale) {
               Sums<T> dots;
-              std::copy_n(&s[0][0], kTileRows * kTileVectors, &dots[0][0]);
+#pragma GCC unroll 8
+              for (int u = 0; u < kTileRows; ++u) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kTileVectors; ++v) dots[u][v] = s[u][v];
+              }
               pass.score(s, i + r, rows, j, some);
               pass.template add<true>(s, sum);
               sum.d_scale += pass.inner(s, dots);
