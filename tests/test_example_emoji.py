@@ -89,7 +89,8 @@ def test_both_losses_train_alike(few):
 def test_every_recipe_learns_the_pairs(few, name, monkeypatch):
     # no multiple of the batch, and too short for a key to meet its own sample again
     monkeypatch.setattr(recipes, "QUEUE", 40)
-    run = train.train(few, RECIPES[name], label="test", epochs=8, batch=48)
+    epochs = 24 if name == "siglip" else 8  # its learning rate is a third
+    run = train.train(few, RECIPES[name], label="test", epochs=epochs, batch=48)
     assert run.losses[-1] < 0.9 * run.losses[2]
     after = metrics.measure(*run.model.embed(few))
     # by chance 0.1

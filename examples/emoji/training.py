@@ -27,7 +27,7 @@ class Run:
 
 
 def optimizer_of(model: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return torch.optim.AdamW(model.parameters(), lr=model.learning_rate)
 
 
 def step(model: Recipe, optimizer: torch.optim.Optimizer, image: Tensor, text: Tensor) -> float:
