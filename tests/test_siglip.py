@@ -33,6 +33,13 @@ def dense(image, text, scale, bias):
     return -F.logsigmoid(labels * (scale * image @ text.T + bias)).sum() / len(image)
 
 
+def dense_with_ids(image, text, scale, bias, ids, same_id):
+    same, own = ids[:, None] == ids, torch.eye(len(image), dtype=torch.bool)
+    together = same if same_id == "positive" else own
+    terms = -F.logsigmoid(torch.where(together, 1, -1) * (scale * image @ text.T + bias))
+    return terms.masked_fill(same & ~together, 0.0).sum() / len(image)
+
+
 def relative(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
@@ -45,6 +52,20 @@ def test_is_the_explicit_matrix(setting, backend):
     gradients = torch.autograd.grad(2.5 * got, inputs)
     for a, b in zip(gradients, torch.autograd.grad(2.5 * want, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("same_id", ["exclude", "positive"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_duplicates_are_the_explicit_matrix(setting, same_id, backend):
+    inputs = batch(*setting)
+    for kinds in (1, 4, len(inputs[0])):
+        ids = torch.arange(len(inputs[0])) % kinds - 2
+        got = siglip_loss(*inputs, ids=ids, same_id=same_id, backend=backend)
+        want = dense_with_ids(*inputs, ids, same_id)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        gradients = torch.autograd.grad(got, inputs)
+        for a, b in zip(gradients, torch.autograd.grad(want, inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -145,6 +166,8 @@ Q = torch.zeros(5, 8)
         ({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
         ({"logit_bias": "1"}, TypeError, "logit_bias must be a number or a tensor, got str"),
         ({"logit_bias": torch.ones(2)}, ValueError, "logit_bias must have one element, got [2]"),
+        ({"ids": torch.arange(4)}, ValueError, "ids must be [5], one per row of image, got [4]"),
+        ({"same_id": "both"}, ValueError, "same_id must be 'exclude' or 'positive', got 'both'"),
         (
             {"group": object()},
             ValueError,

@@ -14,10 +14,19 @@ open_clip's SigLipLoss computes the same.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mmfast.losses._terms import check_group, check_one_process, check_rows, row_scores, softplus
+from mmfast.losses._terms import (
+    SameId,
+    check_batch,
+    check_one_process,
+    dot_rows,
+    group_sums,
+    ids_or_rows,
+    row_scores,
+    softplus,
+    widen,
+)
 from mmfast.ops._inputs import as_scale
 from mmfast.ops.pairwise_softplus import pairwise_softplus
 
@@ -28,6 +37,8 @@ def siglip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor,
     *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
     group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -39,6 +50,9 @@ def siglip_loss(
         logit_scale, logit_bias: multiplies the products (exp of the learned parameter, as open_clip
             and transformers pass it), and is added to them; each a number or a differentiable
             tensor of one element, whose value is not checked.
+        ids: int64 [B], by default the row number. Rows with equal ids are duplicates.
+        same_id: "exclude" leaves pairs of duplicates out, "positive" makes of each a pair that
+            belongs together; the divisor is B in either case.
         group: a process group; only None for now.
         backend: passed to `pairwise_softplus`; None picks the fastest that can run.
 
@@ -51,16 +65,22 @@ def siglip_loss(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     who = "siglip_loss"
-    check_group(who, group)
-    image = check_rows(who, "image", image, ("B", "D"))
-    text = check_rows(who, "text", text, tuple(image.shape), ("image", image))
-    scale = as_scale(who, image, logit_scale, "logit_scale")
+    image, text, scale = check_batch(who, image, text, logit_scale, ids, "sum", group, same_id)
     bias = as_scale(who, image, logit_bias, "logit_bias")
 
-    own = torch.arange(len(image), device=image.device)
-    others = pairwise_softplus(image, text, scale, bias, q_ids=own, k_ids=own, backend=backend)
+    left_out = ids_or_rows(ids if same_id == "exclude" else None, image)
+    others = pairwise_softplus(
+        image, text, scale, bias, q_ids=left_out, k_ids=left_out, backend=backend
+    )
     positives = row_scores(image, text, scale) + bias
-    return (others + softplus(-positives).sum()) / len(image)
+    total = others + softplus(-positives).sum()
+    if ids is not None and same_id == "positive":
+        # softplus(-s) = softplus(s) - s for the pairs of duplicates, which were summed as others
+        text = widen(text)
+        sums, sizes, _ = group_sums(text, ids)
+        duplicates = (sums - text).masked_fill(sizes == 1, 0.0)
+        total = total - dot_rows(widen(image), duplicates, scale).sum() - bias * (sizes - 1).sum()
+    return total / len(image)
 
 
 class SigLipLoss(nn.Module):
