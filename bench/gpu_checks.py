@@ -24,11 +24,11 @@ from mmfast.ops import pairwise_lse as pairwise
 from mmfast.ops import pairwise_softplus as sigmoid
 from mmfast.ops import sample_negatives as sampling
 from mmfast.ops import slerp as spherical
+from mmfast.ops import sparsemax as projection
 from mmfast.ops._inputs import SCORE_TYPE
 from mmfast.testing import (
     CASES,
-    Case,
-    RowsCase,
+    AnyCase,
     assert_within_budget,
     in_double,
     lse_magnitudes,
@@ -120,7 +120,7 @@ def check_all(device: str, budget: Budget, smallest_only: bool = False) -> Itera
             yield Check(op, row.name, "a CUDA graph", skipped="needs a card")
 
 
-def _check_case(op: str, row: Backend, case: Case | RowsCase, device: str) -> Iterator[Check]:
+def _check_case(op: str, row: Backend, case: AnyCase, device: str) -> Iterator[Check]:
     for dtype in DTYPES:
         what = f"{case.id}, {str(dtype).removeprefix('torch.')}"
         probe = torch.ones(1, 1, dtype=dtype, device=device)
@@ -141,9 +141,7 @@ def _guarded(op: str, backend: str, what: str, check: Callable[..., None], *args
     return Check(op, backend, what)
 
 
-def check_values(
-    op: str, backend: str, case: Case | RowsCase, dtype: torch.dtype, device: str
-) -> None:
+def check_values(op: str, backend: str, case: AnyCase, dtype: torch.dtype, device: str) -> None:
     """Outputs and gradients against float64.
 
     Raises:
@@ -169,7 +167,7 @@ def check_values(
         assert_within_budget(name, x, eager[name], exact[name], eps=eps, magnitude=sizes[name])
 
 
-def _check_repeat(op: str, row: Backend, case: Case | RowsCase, device: str) -> None:
+def _check_repeat(op: str, row: Backend, case: AnyCase, device: str) -> None:
     subject = SUBJECTS[op]
     inputs = case.inputs(device=device)
     upstream = _upstream(subject, inputs)
@@ -177,7 +175,7 @@ def _check_repeat(op: str, row: Backend, case: Case | RowsCase, device: str) -> 
     _assert_same_bits(run(), run())
 
 
-def _check_graph(op: str, row: Backend, case: Case | RowsCase) -> None:
+def _check_graph(op: str, row: Backend, case: AnyCase) -> None:
     """Forward and backward captured once must follow inputs that change afterwards."""
     subject = SUBJECTS[op]
     inputs, others = (case.inputs(device="cuda", seed=seed) for seed in (0, 1))
@@ -312,6 +310,13 @@ def _largest(x: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
+def _sparsemax_magnitudes(
+    inputs: Inputs, exact: Results, upstream: list[Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    """The largest weight, and for a gradient the upstream that its mean is taken from."""
+    return {"p": _largest(exact["p"]), "dx": _largest(upstream[0])}
+
+
 # how each op of BACKENDS is checked; one that is missing here is reported red
 SUBJECTS = {
     "pairwise_lse": Subject(
@@ -354,6 +359,15 @@ SUBJECTS = {
         definition=lambda inputs: (spherical.reference(**inputs),),
         reordered=_reordered_slerp,
         magnitudes=_slerp_magnitudes,
+    ),
+    "sparsemax": Subject(
+        leaves=("x",),
+        outputs=("p",),
+        wide=(),
+        run=lambda inputs, backend: (mmfast.sparsemax(**inputs, backend=backend),),
+        definition=lambda inputs: (projection.reference(**inputs),),
+        reordered=lambda inputs: (projection.reference(inputs["x"].flip(1)).flip(1),),
+        magnitudes=_sparsemax_magnitudes,
     ),
 }
 

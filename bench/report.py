@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.targets import LOSSES, OWN, Row, Verdict, allowed_mb, judge, place
+from bench.targets import LOSSES, OWN, SPARSEMAX, Row, Verdict, allowed_mb, judge, place
 
 HERE = Path(__file__).resolve().parent
 KEY = ("bench", "contender", "mode", "dtype", "n", "d")
@@ -21,6 +21,7 @@ BASELINE = {
     "small": "dense",
     "mix": "formula",
     "sampling": "softmax + multinomial",
+    **dict.fromkeys(SPARSEMAX, "sorting"),
     **dict.fromkeys(LOSSES, "dense"),
 }
 TITLES = {
@@ -33,6 +34,9 @@ TITLES = {
     "memory": "memory of one cold call in a fresh process",
     "bandwidth": "slerp into memory that is there, and a copy of as many bytes",
     "mix": "slerp and the published formula",
+    "sparsemax_peaked": "sparsemax of scores far apart: a few entries in the support",
+    "sparsemax_partial": "sparsemax where an eighth of 16384 entries is in the support",
+    "sparsemax_dense": "sparsemax where every entry is in the support",
     **{loss: f"{loss}_loss and its published dense form" for loss in LOSSES},
     "sampling": "one negative a row: sample_negatives, and multinomial of a softmax",
     "losses_memory": "memory of one cold call of each loss in a fresh process, queues of N",

@@ -11,6 +11,7 @@ OWN = ("cpp", "mmfast")
 LOSSES = (
     "m2_mix", "v_mix", "l_mix", "vl_mix", "hcl", "gmc", "siglip", "moco", "tagged_moco", "itc",
 )  # fmt: skip
+SPARSEMAX = ("sparsemax_peaked", "sparsemax_partial", "sparsemax_dense")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
         ),
         _at_least("slerp: ≥ 80 % of the bandwidth of a copy", _bandwidth(rows), 80, "%"),
         _at_least("slerp: ≥ 4x the published formula", _mix(rows), 4, "x"),
+        _at_least("sparsemax: ≥ 20x sorting", _sparsemax(rows, "sorting"), 20, "x"),
+        _at_least(
+            "sparsemax: not slower than entmax's top-k", _sparsemax(rows, "entmax, top-k"), 1, "x"
+        ),
         *(
             _at_least(
                 f"{bench}: ≥ {bound}x {peer}",
@@ -196,6 +201,14 @@ def _bandwidth(rows: list[Row]) -> Figures:
 
 def _mix(rows: list[Row]) -> Figures:
     return _ratios(_select(rows, bench="mix"), "formula", "cpp")
+
+
+def _sparsemax(rows: list[Row], peer: str) -> Figures:
+    return [
+        (ratio, f"{where}, {bench.removeprefix('sparsemax_')}")
+        for bench in SPARSEMAX
+        for ratio, where in _ratios(_select(rows, bench=bench, n=4096, d=16384), peer, "cpp")
+    ]
 
 
 def _growth(rows: list[Row]) -> Figures:

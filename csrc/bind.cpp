@@ -248,6 +248,57 @@ void slerp_backward(py::handle g, py::handle a, py::handle b, py::handle lam, py
   });
 }
 
+// Rows of one floating type that sparsemax reads and writes; `out` is contiguous.
+struct RowArrays {
+  Array a, out;
+  View a_view, out_view;
+
+  RowArrays(py::handle a_, const char* name, py::handle out_, const char* out_name, int32_t device)
+      : a(a_, name, 2, device), out(out_, out_name, 2, device) {
+    a_view = canonical(a.view()), out_view = canonical(out.view());
+    check(a_view.rows > 0 && a_view.cols > 0, std::string(name) + " must be given, and not empty");
+    check(bool(out_view), std::string(out_name) + " must be given");
+    if (a_view.type == Type::i64 || a_view.type == Type::b8) {
+      throw py::type_error(std::string(name) + " must be of a floating type");
+    }
+    check(a_view.col_stride == 1, std::string(name) + " must have inner stride 1");
+    check_matrix(out_view, out_name, a_view, true);
+    check_one_device({&a, &out});
+  }
+};
+
+struct ProjectForward : RowArrays {
+  ProjectForward(py::handle x, py::handle out_, int32_t device)
+      : RowArrays(x, "x", out_, "out", device) {}
+};
+
+struct ProjectBackward : RowArrays {
+  Array g;
+  View g_view;
+
+  ProjectBackward(py::handle g_, py::handle p, py::handle dx, int32_t device)
+      : RowArrays(p, "p", dx, "dx", device), g(g_, "g", 2, device) {
+    g_view = canonical(g.view());
+    check(bool(g_view), "g must be given");
+    check_matrix(g_view, "g", a_view, false);
+    check(g_view.col_stride == 1, "g must have inner stride 1");
+    check_one_device({&g, &a});
+  }
+};
+
+void sparsemax_forward(py::handle x, py::handle out, int threads) {
+  const ProjectForward in(x, out, kCpu);
+  released(threads,
+           [&](const Run& run) { mmfast::sparsemax_forward(in.a_view, in.out_view, run); });
+}
+
+void sparsemax_backward(py::handle g, py::handle p, py::handle dx, int threads) {
+  const ProjectBackward in(g, p, dx, kCpu);
+  released(threads, [&](const Run& run) {
+    mmfast::sparsemax_backward(in.g_view, in.a_view, in.out_view, run);
+  });
+}
+
 // "no", or by which CUDA and for which cards
 constexpr std::string_view kCudaBuild = MMFAST_CUDA_BUILD;
 
@@ -283,6 +334,24 @@ void slerp_cuda_backward(py::handle g, py::handle a, py::handle b, py::handle la
                                      in.db_view, in.dlam_view, queue);
       },
       g, a, b, lam, da, db, dlam);
+}
+
+void sparsemax_cuda_forward(py::handle x, py::handle out, uintptr_t stream) {
+  on_card<ProjectForward>(
+      stream,
+      [](const auto& in, mmfast::cuda::Queue queue) {
+        mmfast::cuda::sparsemax_forward(in.a_view, in.out_view, queue);
+      },
+      x, out);
+}
+
+void sparsemax_cuda_backward(py::handle g, py::handle p, py::handle dx, uintptr_t stream) {
+  on_card<ProjectBackward>(
+      stream,
+      [](const auto& in, mmfast::cuda::Queue queue) {
+        mmfast::cuda::sparsemax_backward(in.g_view, in.a_view, in.out_view, queue);
+      },
+      g, p, dx);
 }
 
 double tile_rate(const std::string& type, double seconds, int threads) {
@@ -342,4 +411,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out"), py::arg("stream"));
   m.def("slerp_cuda_backward", &slerp_cuda_backward, py::arg("g"), py::arg("a"), py::arg("b"),
         py::arg("lam"), py::arg("da"), py::arg("db"), py::arg("dlam"), py::arg("stream"));
+  m.def("sparsemax_forward", &sparsemax_forward, py::arg("x"), py::arg("out"), py::arg("threads"));
+  m.def("sparsemax_backward", &sparsemax_backward, py::arg("g"), py::arg("p"), py::arg("dx"),
+        py::arg("threads"));
+  m.def("sparsemax_cuda_forward", &sparsemax_cuda_forward, py::arg("x"), py::arg("out"),
+        py::arg("stream"));
+  m.def("sparsemax_cuda_backward", &sparsemax_cuda_backward, py::arg("g"), py::arg("p"),
+        py::arg("dx"), py::arg("stream"));
 }

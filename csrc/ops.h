@@ -58,6 +58,15 @@ void slerp_forward(View a, View b, View lam, View out, const Run&);
 // empty view is not asked for.
 void slerp_backward(View g, View a, View b, View lam, View da, View db, View dlam, const Run&);
 
+// out = max(x - tau, 0) by rows, tau of each such that it sums to 1: x and out [N, M] of one
+// floating type, inner stride 1; no row is empty. A row with NaN or +inf is NaN throughout, one of
+// -inf alone is 0.
+void sparsemax_forward(View x, View out, const Run&);
+
+// dx = the upstream g less its mean over the support of the weights p, 0 outside of it (NaN where p
+// is): all [N, M], like out.
+void sparsemax_backward(View g, View p, View dx, const Run&);
+
 // GFLOP/s of the register tile on operands that stay in cache.
 double tile_rate(Type, double seconds, int threads);
 

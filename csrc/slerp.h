@@ -1,15 +1,11 @@
 #pragma once
 #include <cmath>
 
+#include "here.h"
+
 // The two weights of slerp and their derivatives: the CPU's and CUDA's one source.
 //   m = k1 a + k2 b,  k1 = sin(lam theta) / sin(theta),  k2 = the same of 1 - lam,
 //   theta = arccos(c),  c = <a, b>
-#if defined(__CUDACC__)
-#define MMFAST_HERE __host__ __device__ inline
-#else
-#define MMFAST_HERE inline
-#endif
-
 namespace mmfast::slerp {
 
 // The maths that weights are made of, for one row a number. cpu/trig.h has the same for a vector

@@ -99,6 +99,18 @@ def slerp_backward(
 ) -> None:
     """Write da, db [N, D] and dlam [N], each unless None, for the upstream gradient g [N, D]."""
 
+def sparsemax_forward(x: Tensor, out: Tensor, threads: int) -> None:
+    """Write out [N, M], the weights of the rows of x [N, M]."""
+
+def sparsemax_backward(g: Tensor, p: Tensor, dx: Tensor, threads: int) -> None:
+    """Write dx [N, M] for the upstream gradient g of the weights p [N, M]."""
+
+def sparsemax_cuda_forward(x: Tensor, out: Tensor, stream: int) -> None:
+    """`sparsemax_forward` on the card, as `slerp_cuda_forward` does it."""
+
+def sparsemax_cuda_backward(g: Tensor, p: Tensor, dx: Tensor, stream: int) -> None:
+    """`sparsemax_backward` on the card, as `slerp_cuda_forward` does it."""
+
 def slerp_cuda_forward(a: Tensor, b: Tensor, lam: Tensor, out: Tensor, stream: int) -> None:
     """`slerp_forward` on the card that holds the arrays, queued on `stream` (a cudaStream_t).
 

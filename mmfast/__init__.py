@@ -16,6 +16,7 @@ from mmfast.ops.pairwise_lse import pairwise_lse
 from mmfast.ops.pairwise_softplus import pairwise_softplus
 from mmfast.ops.sample_negatives import sample_negatives
 from mmfast.ops.slerp import slerp
+from mmfast.ops.sparsemax import sparsemax
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "sample_negatives",
     "siglip_loss",
     "slerp",
+    "sparsemax",
     "tagged_moco_loss",
     "v_mix_loss",
     "vl_mix_loss",

@@ -123,9 +123,47 @@ class RowsCase:
         return x / norms
 
 
+@dataclass(frozen=True)
+class ScoresCase:
+    """One problem of rows of scores x [N, M], and the reason it is there.
+
+    tags: as for `Case`. spread: standard deviation of a row. step: scores are multiples of it, if
+    it is not 0. center: what is added to all of them. masked: the share of entries at -inf; the
+    middle row then has no others.
+    """
+
+    id: str
+    N: int
+    M: int
+    why: str
+    tags: tuple[str, ...] = ("full",)
+    spread: float = 1.0
+    step: float = 0.0
+    center: float = 0.0
+    masked: float = 0.0
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, *, device: str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Keyword arguments of the op: x, a leaf and a slice of a wider buffer of NaN."""
+        random = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.N, self.M, generator=random, dtype=torch.float64) * self.spread
+        if self.step:
+            x = (x / self.step).round() * self.step
+        x += self.center
+        if self.masked:
+            x[torch.rand(x.shape, generator=random) < self.masked] = -math.inf
+            x[self.N // 2] = -math.inf
+        wide = torch.full((self.N, self.M + 5), torch.nan, dtype=dtype, device=device)
+        view = wide[:, 3 : 3 + self.M]
+        view.copy_(x)
+        return {"x": view.requires_grad_()}
+
+
+AnyCase = Case | RowsCase | ScoresCase
 _QUICK = ("quick", "full")
 
-CASES: dict[str, tuple[Case | RowsCase, ...]] = {
+CASES: dict[str, tuple[AnyCase, ...]] = {
     "pairwise_lse": (
         Case("single", 1, 1, 1, "the smallest problem there is", _QUICK),
         Case("aligned", 64, 128, 64, "every tile is whole: no edge code runs", _QUICK),
@@ -185,6 +223,19 @@ CASES: dict[str, tuple[Case | RowsCase, ...]] = {
         RowsCase("close", 33, 24, "theta = 1e-3: the published derivative cancels", angle=1e-3),
         RowsCase("right", 33, 24, "theta = pi / 2", angle=math.pi / 2),
         RowsCase("wide", 33, 24, "theta = 2.8: weights grow", _QUICK, angle=2.8),
+    ),
+    "sparsemax": (
+        ScoresCase("single", 1, 1, "the smallest problem there is", _QUICK),
+        ScoresCase("aligned", 64, 256, "whole vectors only", _QUICK),
+        ScoresCase("odd_width", 37, 77, "M fits no vector", _QUICK),
+        ScoresCase("narrow", 300, 3, "less than a vector a row, many rows in a turn", _QUICK),
+        ScoresCase("steep", 33, 50, "one entry takes all", _QUICK, spread=1000.0),
+        ScoresCase("dense", 20, 1000, "every entry is in the support", _QUICK, spread=1e-4),
+        ScoresCase("ties", 40, 130, "many equal entries, some at the threshold", _QUICK, step=0.25),
+        ScoresCase("masked", 30, 90, "entries of -inf, and a row of them", _QUICK, masked=0.6),
+        ScoresCase("far", 40, 130, "a large common part, which eats digits", center=1000.0),
+        ScoresCase("some", 7, 4100, "hundreds of a few thousand, after many steps", spread=0.02),
+        ScoresCase("long", 1, 17000, "more than threads of a card's block hold", spread=0.01),
     ),
 }  # fmt: skip
 CASES["pairwise_softplus"] = (

@@ -60,12 +60,26 @@ def backends(op="pairwise_lse"):
     return [row.name for row in BACKENDS[op] if row.refusal(PROBE, PROBE) is None]
 
 
-@pytest.fixture(params=backends())
+def pytest_generate_tests(metafunc):
+    """Backends are those of the op that a file names as OP, unless a test names its own."""
+    names = backends(getattr(metafunc.module, "OP", "pairwise_lse"))
+    params = {
+        "backend": names,
+        "compiled_backend": [name for name in names if name != "eager"] or ["none"],
+        "level_backend": [x for x in names if x != "cpp"] + [f"cpp-{level}" for level in LEVELS],
+    }
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    for fixture in metafunc.fixturenames:
+        if fixture in params and not any(fixture == x or fixture in tuple(x) for x in own):
+            metafunc.parametrize(fixture, params[fixture], indirect=True)
+
+
+@pytest.fixture
 def backend(request):
     return request.param
 
 
-@pytest.fixture(params=[name for name in backends() if name != "eager"] or ["none"])
+@pytest.fixture
 def compiled_backend(request):
     """Every backend that goes through the torch ops."""
     if request.param == "none":
@@ -73,9 +87,7 @@ def compiled_backend(request):
     return request.param
 
 
-@pytest.fixture(
-    params=[name for name in backends() if name != "cpp"] + [f"cpp-{x}" for x in LEVELS]
-)
+@pytest.fixture
 def level_backend(request):
     """Every backend, and the C++ one at every level of this machine."""
     name, _, level = request.param.partition("-")

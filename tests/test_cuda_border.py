@@ -57,9 +57,19 @@ def backward(**changes):
     core.slerp_cuda_backward(**{**given, **changes})
 
 
+def project(**changes):
+    given = {"x": Pretend(torch.ones(4, 3)), "out": Pretend(torch.empty(4, 3)), "stream": 0}
+    core.sparsemax_cuda_forward(**{**given, **changes})
+
+
+def project_backward(**changes):
+    given = {name: Pretend(torch.ones(4, 3)) for name in ("g", "p", "dx")}
+    core.sparsemax_cuda_backward(**{**given, "stream": 0, **changes})
+
+
 @pytest.mark.skipif(HAS_CUDA, reason="this build has CUDA")
 def test_build_without_cuda():
-    for function in (forward, backward):
+    for function in (forward, backward, project, project_backward):
         with pytest.raises(RuntimeError, match=r"^this build of mmfast\._C has no CUDA$"):
             function()
 
@@ -72,6 +82,20 @@ def test_launch_without_a_card_names_op_and_shape():
     for missing in ({}, {"da": None, "db": None}, {"dlam": None}):
         with pytest.raises(RuntimeError, match=expected):
             backward(**missing)
+
+
+@built
+def test_sparsemax_is_launched_or_refused():
+    with pytest.raises(RuntimeError, match=r"^sparsemax: CUDA launch failed for \[4, 3\] float32"):
+        project()
+    expected = r"^sparsemax backward: CUDA launch failed for \[4, 3\] float32"
+    with pytest.raises(RuntimeError, match=expected):
+        project_backward()
+    with pytest.raises(ValueError, match="out must be on a CUDA device"):
+        project(out=torch.ones(4, 3))
+    for name in ("g", "dx"):
+        with pytest.raises(ValueError, match="all arrays must be on one device"):
+            project_backward(**{name: Pretend(torch.ones(4, 3), 1)})
 
 
 @built

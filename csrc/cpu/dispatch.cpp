@@ -25,6 +25,8 @@ namespace mmfast {
   void sample_negatives(const Pairs&, uint64_t, View, const Run&);                         \
   void slerp_forward(View, View, View, View, const Run&);                                  \
   void slerp_backward(View, View, View, View, View, View, View, const Run&);               \
+  void sparsemax_forward(View, View, const Run&);                                          \
+  void sparsemax_backward(View, View, View, const Run&);                                   \
   double tile_rate(Type, double, int);                                                     \
   double multiply_add_rate(double, int);                                                   \
   }
@@ -64,15 +66,18 @@ struct Level {
   decltype(&sample_negatives) draw;
   decltype(&slerp_forward) mix;
   decltype(&slerp_backward) mix_backward;
+  decltype(&sparsemax_forward) project;
+  decltype(&sparsemax_backward) project_backward;
   decltype(&tile_rate) rate;
   decltype(&multiply_add_rate) limit;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                                                      \
-  Level {                                                                                       \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                        \
-        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives,        \
-        level::slerp_forward, level::slerp_backward, level::tile_rate, level::multiply_add_rate \
+#define MMFAST_LEVEL_ROW(level, condition)                                               \
+  Level {                                                                                \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                 \
+        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives, \
+        level::slerp_forward, level::slerp_backward, level::sparsemax_forward,           \
+        level::sparsemax_backward, level::tile_rate, level::multiply_add_rate            \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -153,6 +158,12 @@ void slerp_forward(View a, View b, View lam, View out, const Run& run) {
 
 void slerp_backward(View g, View a, View b, View lam, View da, View db, View dlam, const Run& run) {
   current().mix_backward(g, a, b, lam, da, db, dlam, run);
+}
+
+void sparsemax_forward(View x, View out, const Run& run) { current().project(x, out, run); }
+
+void sparsemax_backward(View g, View p, View dx, const Run& run) {
+  current().project_backward(g, p, dx, run);
 }
 
 double tile_rate(Type type, double seconds, int threads) {

@@ -157,4 +157,39 @@ inline void fence() {
 #endif
 }
 
+// A result larger than this leaves the caches before anybody reads it.
+constexpr long kPastBytes = 8 << 20;
+
+// Where rows of a result go, and how.
+template <class E>
+struct ResultRows {
+  View view;
+  bool past;
+
+  explicit ResultRows(const View& v) : view(v) {
+    const auto aligned = [](long bytes) { return bytes % kVectorBytes == 0; };
+    const long bytes = v.rows * v.cols * long(sizeof(E));
+    if (v.row_stride == v.cols) expect_writes(v.data, bytes);
+    past = bytes > kPastBytes && aligned(v.cols * sizeof(E)) && aligned(v.row_stride * sizeof(E)) &&
+           aligned(reinterpret_cast<uintptr_t>(v.data));
+  }
+  // make(d, count): the `count` elements from column d on, as a span
+  template <class Make>
+  void put(long i, Make make) const {
+    E* out = &view.at<E>(i);
+    past ? fill<true>(out, make) : fill<false>(out, make);
+  }
+
+ private:
+  template <bool kPast, class Make>
+  void fill(E* out, Make make) const {
+    long d = 0;
+    for (; d + kSpan<E> <= view.cols; d += kSpan<E>) {
+      const Span<E> x = make(d, kSpan<E>);
+      kPast ? write_past(out + d, x) : write(out + d, x);
+    }
+    if (d < view.cols) write(out + d, make(d, view.cols - d), view.cols - d);
+  }
+};
+
 }  // namespace mmfast::MMFAST_LEVEL

@@ -14,8 +14,6 @@ namespace {
 // What a block takes of a matrix, and about what a thread takes in one turn: little enough for a
 // cache to hold it of every operand.
 constexpr long kBlockBytes = 32 << 10;
-// A result larger than this leaves the caches before anybody reads it.
-constexpr long kPastBytes = 8 << 20;
 
 // sum + the products of a span, all parts of a lane in its one sum
 template <class E>
@@ -113,35 +111,13 @@ template <class E>
   return a;
 }
 
-// out = x a + y b
-template <bool kPast, class E>
-void combine(Wide<E> x, const E* a, Wide<E> y, const E* b, E* out, long D) {
-  long d = 0;
-  for (; d + kSpan<E> <= D; d += kSpan<E>) {
-    const Span<E> m = mix(x, read(a + d), y, read(b + d));
-    kPast ? write_past(out + d, m) : write(out + d, m);
-  }
-  if (d < D) write(out + d, mix(x, read(a + d, D - d), y, read(b + d, D - d)), D - d);
-}
-
-// Where rows of the result go, and how.
+// Row i of out = x a + y b
 template <class E>
-struct Rows {
-  View view;
-  bool past;
-
-  explicit Rows(const View& v) : view(v) {
-    const auto aligned = [](long bytes) { return bytes % kVectorBytes == 0; };
-    const long bytes = v.rows * v.cols * long(sizeof(E));
-    if (v.row_stride == v.cols) expect_writes(v.data, bytes);
-    past = bytes > kPastBytes && aligned(v.cols * sizeof(E)) && aligned(v.row_stride * sizeof(E)) &&
-           aligned(reinterpret_cast<uintptr_t>(v.data));
-  }
-  void put(long i, Wide<E> x, const E* a, Wide<E> y, const E* b) const {
-    E* out = &view.at<E>(i);
-    past ? combine<true>(x, a, y, b, out, view.cols) : combine<false>(x, a, y, b, out, view.cols);
-  }
-};
+void combine(const ResultRows<E>& out, long i, Wide<E> x, const E* a, Wide<E> y, const E* b) {
+  out.put(i, [&](long d, long count) __attribute__((always_inline)) {
+    return mix(x, read(a + d, count), y, read(b + d, count));
+  });
+}
 
 // visit(block) for all rows, in blocks of as many as a cache holds. How many does not show in the
 // bits: a row's are the same whatever stands beside it.
@@ -191,12 +167,12 @@ void slerp_forward(View a, View b, View lam, View out, const Run& run) {
   with_element(a.type, [&](auto element) {
     using E = decltype(element);
     using T = Wide<E>;
-    const Rows<E> rows(out);
+    const ResultRows<E> rows(out);
     each_block<E>(a, run, [&](Block block) {
       const auto [c] = products<E>({a, b}, block).of;
       const auto [k1, k2] = weights<T>(c, column<T>(lam, block));
       for (long r = 0, i = block.first; r < block.count; ++r, ++i) {
-        rows.put(i, k1[r], &a.at<E>(i), k2[r], &b.at<E>(i));
+        combine(rows, i, k1[r], &a.at<E>(i), k2[r], &b.at<E>(i));
       }
     });
   });
@@ -206,7 +182,7 @@ void slerp_backward(View g, View a, View b, View lam, View da, View db, View dla
   with_element(a.type, [&](auto element) {
     using E = decltype(element);
     using T = Wide<E>;
-    const Rows<E> a_rows(da), b_rows(db);
+    const ResultRows<E> a_rows(da), b_rows(db);
     each_block<E>(a, run, [&](Block block) {
       const auto [along_a, along_b, c] = products<E>({g, a, b}, block).of;
       const auto s = slopes<T>(c, column<T>(lam, block), da || db, bool(dlam));
@@ -214,8 +190,8 @@ void slerp_backward(View g, View a, View b, View lam, View da, View db, View dla
       const Vec<T> g_lam = along_a * s.by_lam.k1 + along_b * s.by_lam.k2;
       for (long r = 0, i = block.first; r < block.count; ++r, ++i) {
         const E *up = &g.at<E>(i), *x = &a.at<E>(i), *y = &b.at<E>(i);
-        if (da) a_rows.put(i, s.value.k1[r], up, g_c[r], y);
-        if (db) b_rows.put(i, s.value.k2[r], up, g_c[r], x);
+        if (da) combine(a_rows, i, s.value.k1[r], up, g_c[r], y);
+        if (db) combine(b_rows, i, s.value.k2[r], up, g_c[r], x);
         if (dlam) dlam.at<T>(i) = g_lam[r];
       }
     });

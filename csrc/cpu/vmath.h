@@ -236,11 +236,21 @@ inline double sum_of_lanes(Vec<T> v) {
   return sum;
 }
 
+// of lanes that comparisons give
 template <class T>
 inline bool all(Ints<T> v) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)v) == 0xffff;
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)v) == 0xff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)v) == -1;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)v) == 0xffff;
+#else
   typename Simd<T>::Int both = -1;
   for (int i = 0; i < kWidth<T>; ++i) both &= v[i];
   return both != 0;
+#endif
 }
 template <class T>
 inline bool any(Ints<T> v) {

@@ -17,4 +17,11 @@ void slerp_forward(View a, View b, View lam, View out, Queue);
 // Gradients of sum(g * out) into da, db [N, D] and dlam [N]; an empty view is not asked for.
 void slerp_backward(View g, View a, View b, View lam, View da, View db, View dlam, Queue);
 
+// out = max(x - tau, 0) by rows, each summing to 1; x and out [N, M] of one floating type, inner
+// stride 1. csrc/ops.h says what becomes of NaN and infinities.
+void sparsemax_forward(View x, View out, Queue);
+
+// dx = g less its mean over the support of the weights p, 0 outside of it; all [N, M].
+void sparsemax_backward(View g, View p, View dx, Queue);
+
 }  // namespace mmfast::cuda

@@ -6,7 +6,7 @@
 // Kernels that take a row at a time: who reads what of it, and the sums over it.
 namespace mmfast::cuda {
 
-constexpr int kThreads = 128;  // of a block
+constexpr int kThreads = 128;  // of a block, unless a row takes more
 // blocks that must fit on a multiprocessor: 168 registers a thread are left, with which none spill
 constexpr int kBlocks = 3;
 
@@ -59,8 +59,9 @@ struct Plan {
   using W = Wide<T>;
   using Packed = Pack<T, kPack_>;
   static constexpr int kPack = kPack_, kLanes = kLanes_, kHeld = kHeld_;
-  static constexpr int kRows = kThreads / kLanes;  // of a block, at a time
-  static_assert(kLanes == 32 || kLanes == kThreads);
+  static constexpr int kBlock = kLanes < kThreads ? kThreads : kLanes;  // threads of a block
+  static constexpr int kRows = kBlock / kLanes;                         // of a block, at a time
+  static_assert(kLanes == 32 || kLanes == kBlock);
 
   // body(i) for the rows of this thread. All threads of a row make the same turns.
   template <class Body>
@@ -108,37 +109,44 @@ class Operand {
   Packed held_[P::kHeld > 0 ? P::kHeld : 1];
 };
 
-// Adds each of `sums` over the threads of a row; all of them get the same bits, in every run.
-template <class P, int kCount>
-__device__ void add_over_row(typename P::W (&sums)[kCount]) {
+// Each of `values` becomes what `op` makes of those of all threads of a row; all of them get the
+// same bits, in every run.
+template <class P, class T, int kCount, class Op>
+__device__ void combine_over_row(T (&values)[kCount], Op op) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) sums[s] += __shfl_xor_sync(~0u, sums[s], distance);
+    for (int s = 0; s < kCount; ++s) {
+      values[s] = op(values[s], __shfl_xor_sync(~0u, values[s], distance));
+    }
   }
   if constexpr (P::kLanes > 32) {
     constexpr int kWarps = P::kLanes / 32;
-    __shared__ typename P::W parts[kCount][kWarps];
+    __shared__ T parts[kCount][kWarps];
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
-      for (int s = 0; s < kCount; ++s) parts[s][threadIdx.x / 32] = sums[s];
+      for (int s = 0; s < kCount; ++s) parts[s][threadIdx.x / 32] = values[s];
     }
     __syncthreads();
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
-      sums[s] = parts[s][0];
+      values[s] = parts[s][0];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) sums[s] += parts[s][w];
+      for (int w = 1; w < kWarps; ++w) values[s] = op(values[s], parts[s][w]);
     }
     __syncthreads();  // parts are read; the next row may write its own
   }
+}
+template <class P, class T, int kCount>
+__device__ void add_over_row(T (&sums)[kCount]) {
+  combine_over_row<P>(sums, [](T a, T b) { return a + b; });
 }
 
 // Enough blocks to fill the card; they share the rows among them.
 template <class P>
 long blocks_for(long rows, const OnDevice& device) {
   const long wanted = (rows + P::kRows - 1) / P::kRows;
-  const long most = 2048 / kThreads * device.multiprocessors();
+  const long most = 2048 / P::kBlock * device.multiprocessors();
   return wanted < most ? wanted : most;
 }
 

@@ -5,6 +5,7 @@ from mmfast.ops import pairwise_lse as _pairwise_lse
 from mmfast.ops import pairwise_softplus as _pairwise_softplus
 from mmfast.ops import sample_negatives as _sample_negatives
 from mmfast.ops import slerp as _slerp
+from mmfast.ops import sparsemax as _sparsemax
 
 # every op's backends, fastest first; what `mmfast info` and the tests go through
 BACKENDS: dict[str, tuple[Backend, ...]] = {
@@ -12,4 +13,5 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "pairwise_softplus": _pairwise_softplus.BACKENDS,
     "sample_negatives": _sample_negatives.BACKENDS,
     "slerp": _slerp.BACKENDS,
+    "sparsemax": _sparsemax.BACKENDS,
 }

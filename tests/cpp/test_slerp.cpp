@@ -14,25 +14,6 @@ using namespace mmfast::testing;
 
 namespace {
 
-// A result of the op, exactly as large as needed, and what stands behind it.
-struct Output {
-  static constexpr long kGuard = 64;
-  std::vector<char> bytes;
-  View view;
-  Output(Type type, long rows, long cols, bool asked)
-      : bytes(rows * cols * size_of(type) + kGuard, 0x5a) {
-    if (asked) view = {bytes.data(), rows, cols, cols, 1, type};
-  }
-  double at(long i) const { return get(view.type, bytes.data() + i * size_of(view.type)); }
-  bool guarded() const {
-    const long from = view ? long(bytes.size()) - kGuard : 0;
-    for (long i = from; i < long(bytes.size()); ++i) {
-      if (bytes[i] != 0x5a) return false;
-    }
-    return true;
-  }
-};
-
 // The weights and their slopes for angles away from 0 and pi, as one writes them down.
 struct Row {
   double k1, k2, k1_by_c, k2_by_c, k1_by_lam, k2_by_lam;

@@ -36,8 +36,14 @@ int main() {
   dlam.data = &value;
   check_refused([&] { cuda::slerp_backward(x, x, x, lam, {}, {}, dlam, nowhere); },
                 "slerp backward: CUDA launch failed for [7, 5] bfloat16: ");
+  check_refused([&] { cuda::sparsemax_forward(x, x, nowhere); },
+                "sparsemax: CUDA launch failed for [7, 5] bfloat16: ");
+  check_refused([&] { cuda::sparsemax_backward(x, x, x, nowhere); },
+                "sparsemax backward: CUDA launch failed for [7, 5] bfloat16: ");
   // nothing to do needs no card
   const View empty = view(Type::f32, 0, 5);
   cuda::slerp_forward(empty, empty, lam, empty, nowhere);
   cuda::slerp_backward(x, x, x, lam, {}, {}, {}, nowhere);
+  cuda::sparsemax_forward(empty, empty, nowhere);
+  cuda::sparsemax_backward(empty, empty, empty, nowhere);
 }
