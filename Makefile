@@ -63,8 +63,8 @@ aarch64: $(READY)
 	  -DMMFAST_PYTHON=OFF -DMMFAST_TESTS=ON
 	$(BIN)/cmake --build build/aarch64
 	@if command -v qemu-aarch64-static >/dev/null; then \
-	  for t in levels memory sweep pairwise_lse pairwise_softplus sample_negatives slerp sparsemax; do \
-	    echo qemu: test_$$t; qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/tests/cpp/test_$$t || exit 1; done; \
+	  for t in $$(find build/aarch64/tests/cpp -maxdepth 1 -name 'test_*' -type f -executable); do \
+	    echo qemu: $$t; qemu-aarch64-static -L /usr/aarch64-linux-gnu $$t || exit 1; done; \
 	else echo "compiled; not run: qemu-aarch64-static is not installed"; fi
 
 dist: $(READY)

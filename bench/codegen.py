@@ -46,6 +46,7 @@ DEPTH = 512
 DATA = frozenset({"Q", "K", "X", "Y", "A", "B", "G", "DX", "DA", "DB"})
 POINTERS = {
     **dict.fromkeys(("Q_IDS", "K_IDS", "X_IDS", "Y_IDS", "SEED", "INDEX"), "i64"),
+    **dict.fromkeys(("ABOVE", "COUNTS", "PLACES"), "i64"),
     "MASK": "u8",
 }
 SIZES = frozenset({"N", "M"})
@@ -192,6 +193,8 @@ def triton_jobs(quick: bool) -> tuple[Job, ...]:
         *_combine_jobs(),
         *_pairwise_softplus_jobs(),
         *_sample_jobs(),
+        *_rank_jobs(),
+        *_stats_jobs(),
         *_slerp_jobs(),
     )
     return tuple(job for job in jobs if not (quick and job.slow))
@@ -362,6 +365,51 @@ def _sample_jobs() -> Iterator[Job]:
                 tensor_cores=kind != "ieee",
                 slow=kind != "half",
             )
+
+
+def _rank_jobs() -> Iterator[Job]:
+    from mmfast.kernels import _tiles as tiles
+    from mmfast.kernels import pairwise_rank
+
+    kernel = pairwise_rank.rank_kernel
+    # what is not given
+    variants = {"bare": ("THRESHOLD", "ABOVE", "Q_IDS", "K_IDS"), "threshold, ids": ()}
+    for (name, kind, arch), rows in tiles.TILES.items():
+        for _, tile in rows if name == "rank" else ():
+            for what, absent in variants.items():
+                yield Job(
+                    f"pairwise_rank, {kind}, D={DEPTH}, {what}",
+                    kernel,
+                    arch,
+                    _types(kernel, kind, without=absent),
+                    tiles.constants(name, DEPTH, kind, tile),
+                    tile=f"{tile.n}x{tile.m}x{tile.d}, {tile.warps} warps, {tile.stages} stages",
+                    tensor_cores=kind != "ieee",
+                    slow=what == "bare" or kind != "half",
+                )
+
+
+def _stats_jobs() -> Iterator[Job]:
+    from mmfast.kernels import _tiles as tiles
+    from mmfast.kernels import pairwise_stats
+
+    kernel = pairwise_stats.stats_kernel
+    # bins, and whether one set meets itself
+    variants = {"bare": (0, False), "256 bins, one set": (256, True), "4096 bins": (4096, False)}
+    for (name, kind, arch), rows in tiles.TILES.items():
+        for _, tile in rows if name == "stats" else ():
+            for what, (bins, distinct) in variants.items():
+                slots = pairwise_stats.passes(bins) if bins else (1, 1)
+                yield Job(
+                    f"pairwise_stats, {kind}, D={DEPTH}, {what}",
+                    kernel,
+                    arch,
+                    _types(kernel, kind, without=() if bins else ("EDGES", "RANGE")),
+                    pairwise_stats.constants(DEPTH, kind, tile, distinct, *slots),
+                    tile=f"{tile.n}x{tile.m}x{tile.d}, {tile.warps} warps, {tile.stages} stages",
+                    tensor_cores=kind != "ieee",
+                    slow=what != "256 bins, one set" or kind != "half",
+                )
 
 
 def _slerp_jobs() -> Iterator[Job]:

@@ -22,6 +22,8 @@ BASELINE = {
     "mix": "formula",
     "sampling": "softmax + multinomial",
     **dict.fromkeys(SPARSEMAX, "sorting"),
+    "statistics": "blocks",
+    "ranks": "blocks",
     **dict.fromkeys(LOSSES, "dense"),
 }
 TITLES = {
@@ -39,6 +41,8 @@ TITLES = {
     "sparsemax_dense": "sparsemax where every entry is in the support",
     **{loss: f"{loss}_loss and its published dense form" for loss in LOSSES},
     "sampling": "one negative a row: sample_negatives, and multinomial of a softmax",
+    "statistics": "pairwise_stats of one set, and torch over blocks of rows",
+    "ranks": "pairwise_rank, and torch over blocks of rows",
     "losses_memory": "memory of one cold call of each loss in a fresh process, queues of N",
 }
 HEADER = """# Results

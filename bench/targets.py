@@ -72,6 +72,33 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
         ),
         *(
             _at_least(
+                f"statistics of one set, {what}: ≥ {bound} % of half a product at peak",
+                _percent(
+                    _select(
+                        rows,
+                        bench="statistics",
+                        mode=mode,
+                        contender="cpp",
+                        n=8192,
+                        dtype="float32",
+                    )
+                ),
+                bound,
+                "%",
+            )
+            for what, mode, bound in (
+                ("no histogram", "moments", 85),
+                ("256 bins", "histogram", 75),
+            )
+        ),
+        _at_least(
+            "ranks, float32, N=8192: ≥ 90 % of peak",
+            _percent(_select(rows, bench="ranks", contender="cpp", n=8192, dtype="float32")),
+            90,
+            "%",
+        ),
+        *(
+            _at_least(
                 f"{loss}: time ≤ its products / (0.8 of peak)",
                 _percent(_select(rows, bench=loss, contender="mmfast")),
                 80,

@@ -164,6 +164,44 @@ void sample_negatives(py::handle q, py::handle k, double scale, int64_t seed, py
   });
 }
 
+auto pairwise_stats(py::handle x, py::handle y, py::handle edges, double pivot, py::handle counts,
+                    int threads) {
+  // one set is a pair of the same
+  const PairArrays in(x, y.is_none() ? x : y, 1, py::none(), py::none(), py::none());
+  const Array bounds(edges, "edges", 1), out(counts, "counts", 1);
+  check(bool(out.view()), "counts must be given");
+  check(!bounds.view() || bounds.view().rows >= 2, "edges must have 2 elements at least");
+  check_vector(bounds.view(), "edges", bounds.view().rows, Type::f64);
+  check_vector(out.view(), "counts", bounds.view() ? bounds.view().rows + 1 : 1, Type::i64);
+  const auto stats = released(threads, [&](const Run& run) {
+    return mmfast::pairwise_stats(in.pairs.q, y.is_none() ? View{} : in.pairs.k, bounds.view(),
+                                  pivot, out.view(), run);
+  });
+  const auto place = [](const mmfast::Extreme& e) {
+    return std::make_tuple(e.value, e.row, e.column);
+  };
+  const auto& p = stats.powers;
+  return std::make_tuple(std::make_tuple(p[0], p[1], p[2], p[3]), place(stats.least),
+                         place(stats.largest));
+}
+
+void pairwise_rank(py::handle q, py::handle k, py::handle threshold, py::handle q_ids,
+                   py::handle k_ids, py::handle largest, py::handle index, py::handle above,
+                   int threads) {
+  const PairArrays in(q, k, 1, q_ids, k_ids, py::none());
+  const Array limit(threshold, "threshold", 1), best(largest, "largest", 1), at(index, "index", 1),
+      more(above, "above", 1);
+  const long N = in.pairs.q.rows;
+  check(best.view() && at.view() && more.view(), "largest, index and above must be given");
+  check_vector(limit.view(), "threshold", N, wide(in.pairs.q.type));
+  check_vector(best.view(), "largest", N, wide(in.pairs.q.type));
+  check_vector(at.view(), "index", N, Type::i64);
+  check_vector(more.view(), "above", N, Type::i64);
+  released(threads, [&](const Run& run) {
+    mmfast::pairwise_rank(in.pairs, limit.view(), best.view(), at.view(), more.view(), run);
+  });
+}
+
 void check_one_device(std::initializer_list<const Array*> arrays) {
   int device = -1;
   for (const Array* x : arrays) {
@@ -402,6 +440,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("need_scale"), py::arg("need_bias"), py::arg("threads"));
   m.def("sample_negatives", &sample_negatives, py::arg("q"), py::arg("k"), py::arg("scale"),
         py::arg("seed"), py::arg("q_ids"), py::arg("k_ids"), py::arg("indices"),
+        py::arg("threads"));
+  m.def("pairwise_stats", &pairwise_stats, py::arg("x"), py::arg("y"), py::arg("edges"),
+        py::arg("pivot"), py::arg("counts"), py::arg("threads"));
+  m.def("pairwise_rank", &pairwise_rank, py::arg("q"), py::arg("k"), py::arg("threshold"),
+        py::arg("q_ids"), py::arg("k_ids"), py::arg("largest"), py::arg("index"), py::arg("above"),
         py::arg("threads"));
   m.def("slerp_forward", &slerp_forward, py::arg("a"), py::arg("b"), py::arg("lam"), py::arg("out"),
         py::arg("threads"));

@@ -49,6 +49,28 @@ SoftplusSum pairwise_softplus(const Pairs&, double bias, View dq, View dk, bool 
 // -1 where no score is left that is above -inf. The same for the same seed, whatever runs it.
 void sample_negatives(const Pairs&, uint64_t seed, View indices, const Run&);
 
+// A product <x_row, y_column>; row -1: there is none.
+struct Extreme {
+  double value;
+  long row, column;
+};
+
+// Sums of (<x_i, y_j> - pivot)^p for p = 1 to 4, and the extremes with the lowest row, then column.
+struct PairStats {
+  double powers[4];
+  Extreme least, largest;
+};
+
+// All pairs of x and y, or with an empty y those i < j of x, but for products that are NaN. counts
+// (int64): how many lie below `edges` (f64, [bins + 1], increasing), in each bin (the last one
+// closed) and above; without edges [1], of all.
+PairStats pairwise_stats(View x, View y, View edges, double pivot, View counts, const Run&);
+
+// largest[i] (f32, f64 for f64 inputs) = max_j <q_i, k_j> over the pairs, index[i] (int64) the
+// lowest j that has it; -inf and -1 where no product is above -inf. above[i] (int64) = how many
+// exceed threshold[i] (type of largest); 0 without one. No scale, no mask.
+void pairwise_rank(const Pairs&, View threshold, View largest, View index, View above, const Run&);
+
 // out = k1 a + k2 b by rows, the weights by slerp.h from <a_i, b_i> and lam_i: a, b and out [N, D]
 // of one floating type, inner stride 1; lam [N] in the type of the arithmetic (f64 for f64 inputs,
 // f32 for the others), where a stride of 0 is one value for all rows.

@@ -84,6 +84,33 @@ def sample_negatives(
 ) -> None:
     """Write indices [N], the column of k [M, D] drawn for each row of q [N, D], or -1."""
 
+def pairwise_stats(
+    x: Tensor,
+    y: Tensor | None,
+    edges: Tensor | None,
+    pivot: float,
+    counts: Tensor,
+    threads: int,
+) -> tuple[tuple[float, float, float, float], tuple[float, int, int], tuple[float, int, int]]:
+    """Write counts: below, in and above the bins, or of all products.
+
+    Return the sums of the first four powers about the pivot, and the least and the largest product
+    with its row and column (-1 of none), over all pairs or, where y is None, those i < j of x.
+    """
+
+def pairwise_rank(
+    q: Tensor,
+    k: Tensor,
+    threshold: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    largest: Tensor,
+    index: Tensor,
+    above: Tensor,
+    threads: int,
+) -> None:
+    """Write, for each row of q [N, D], its largest product, the column and how many exceed."""
+
 def slerp_forward(a: Tensor, b: Tensor, lam: Tensor, out: Tensor, threads: int) -> None:
     """Write out [N, D], the mix of the rows of a and b [N, D]; lam is [N], or [1] for all rows."""
 

@@ -238,6 +238,22 @@ CASES: dict[str, tuple[AnyCase, ...]] = {
         ScoresCase("long", 1, 17000, "more than threads of a card's block hold", spread=0.01),
     ),
 }  # fmt: skip
+CASES["pairwise_rank"] = (
+    *CASES["sample_negatives"],
+    Case("own", 150, 150, 32, "own pairs left out: ids meet on the diagonal only", _QUICK,
+         left_out=("own",)),
+)  # fmt: skip
+# q and k are x and y; the scale is none of theirs
+CASES["pairwise_stats"] = (
+    Case("single", 1, 1, 1, "the smallest problem there is", _QUICK),
+    Case("aligned", 192, 128, 64, "every tile is whole: no edge code runs"),
+    Case("ragged", 131, 257, 96, "rows and columns behind whole tiles", _QUICK),
+    Case("odd_width", 37, 41, 13, "D fits no vector and no bf16 pair", _QUICK),
+    Case("flat", 5, 700, 24, "M far above N: many column groups, one short row block"),
+    Case("many_lanes", 250, 430, 32, "several blocks both ways, merged in a fixed order"),
+    Case("loud", 90, 310, 48, "products span +-16: most lie outside of the range", _QUICK,
+         norm=4.0),
+)  # fmt: skip
 CASES["pairwise_softplus"] = (
     *(
         replace(case, bias=-3.0)

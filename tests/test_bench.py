@@ -305,10 +305,17 @@ def good_rows() -> list[dict[str, Any]]:
         rows += [row(name, "dense", t), row(name, "mmfast", 1.0, **own)]
     drawn = {"softmax + multinomial": 5.1, "mmfast": 1.0}
     rows += [row("sampling", name, t, mode="fwd") for name, t in drawn.items()]
+    for bench, mode, percent in (
+        ("statistics", "moments", 85.5),
+        ("statistics", "histogram", 75.5),
+        ("ranks", "fwd", 90.5),
+    ):
+        own = {"percent_of_peak": percent, "peaks": peaks, "mode": mode}
+        rows += [row(bench, "blocks", 3.0, mode=mode), row(bench, "cpp", 1.0, **own)]
     return rows
 
 
-TARGETS = 27
+TARGETS = 30
 GOOD_TILE = {"limit_gflops": 236.0, "tile_gflops": 220.0, "percent": 93.0}
 
 
@@ -341,8 +348,19 @@ def test_nothing_measured_meets_nothing():
         (14, {"bench": "m2_mix", "contender": "mmfast"}, {"median": 1.05}),
         (15, {"bench": "itc", "contender": "dense"}, {"median": 2.4}),
         (16, {"bench": "sampling", "contender": "mmfast"}, {"median": 1.03}),
+        (
+            17,
+            {"bench": "statistics", "mode": "moments", "contender": "cpp"},
+            {"percent_of_peak": 84.9},
+        ),
+        (
+            18,
+            {"bench": "statistics", "mode": "histogram", "contender": "cpp"},
+            {"percent_of_peak": 74.9},
+        ),
+        (19, {"bench": "ranks", "contender": "cpp"}, {"percent_of_peak": 89.9}),
         *(
-            (17 + i, {"bench": loss, "contender": "mmfast"}, {"percent_of_peak": 79.9})
+            (20 + i, {"bench": loss, "contender": "mmfast"}, {"percent_of_peak": 79.9})
             for i, loss in enumerate(targets.LOSSES)
         ),
     ],

@@ -158,6 +158,56 @@ def test_sample_negatives_refuses(changes, error, message):
         core.sample_negatives(**{**given, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"counts": None}, ValueError, "counts must be given"),
+        ({"counts": torch.arange(4)}, ValueError, "counts must have 5 elements, got 4"),
+        ({"edges": None}, ValueError, "counts must have 1 elements, got 5"),
+        ({"edges": torch.zeros(1).double()}, ValueError, "edges must have 2 elements at least"),
+        ({"edges": torch.zeros(4)}, TypeError, "edges has the wrong element type"),
+        ({"y": torch.ones(5, 2)}, ValueError, "k must have 3 columns like q, got 2"),
+    ],
+)
+def test_pairwise_stats_refuses(changes, error, message):
+    given = {
+        "x": torch.ones(4, 3),
+        "y": None,
+        "edges": torch.linspace(-1, 1, 4).double(),
+        "pivot": 0.0,
+        "counts": torch.arange(5),
+        "threads": 1,
+    }
+    with pytest.raises(error, match=message):
+        core.pairwise_stats(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"above": None}, ValueError, "largest, index and above must be given"),
+        ({"index": torch.arange(3)}, ValueError, "index must have 4 elements, got 3"),
+        ({"above": torch.empty(4)}, TypeError, "above has the wrong element type"),
+        ({"threshold": torch.ones(4).double()}, TypeError, "threshold has the wrong element type"),
+        ({"k_ids": None}, ValueError, "q_ids and k_ids must be given together"),
+    ],
+)
+def test_pairwise_rank_refuses(changes, error, message):
+    given = {
+        "q": torch.ones(4, 3),
+        "k": torch.ones(5, 3),
+        "threshold": torch.ones(4),
+        "q_ids": torch.arange(4),
+        "k_ids": torch.arange(5),
+        "largest": torch.ones(4),
+        "index": torch.arange(4),
+        "above": torch.arange(4),
+        "threads": 1,
+    }
+    with pytest.raises(error, match=message):
+        core.pairwise_rank(**{**given, **changes})
+
+
 def test_rates_are_positive():
     assert core.multiply_add_rate(0.001, 1) > 0
     with pytest.raises(ValueError, match="threads must be at least 1"):

@@ -45,23 +45,20 @@ def test_split_keeps_pairs_together_and_apart():
     assert (held_out.thumbnails[7] == pairs.thumbnails[row]).all()
 
 
-def test_recall_counts_the_own_key_among_the_k_best():
-    keys = torch.eye(3)
-    # query 0 finds its key first, query 1 second, query 2 last
-    queries = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.6, 0.0], [0.7, 0.6, 0.2]])
-    assert [metrics.recall(queries, keys, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
-
-
-def test_distances_on_points_of_the_circle():
-    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    y = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    # squared distances of the pairs: 2 and 0
-    assert metrics.alignment(x, y) == pytest.approx(1)
-    # one pair of rows, at squared distance 2: log exp(-2·2)
-    assert metrics.uniformity(x) == pytest.approx(-4)
-    assert metrics.uniformity(y) == pytest.approx(0)
-    # the means are (1/2, 1/2) and (0, 1)
-    assert metrics.gap(x, y) == pytest.approx(0.5**0.5)
+def test_measures_on_points_of_the_circle():
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text = torch.tensor([[0.0, 1.0], [0.6, 0.8]])
+    measured = metrics.measure(image, text)
+    # image 0 is nearer to text 1, image 1 to text 0; texts both to image 1
+    assert measured["recall@1 image to text"] == 0
+    assert measured["recall@1 text to image"] == 0.5
+    assert measured["recall@10 text to image"] == 1
+    # squared distances: of the pairs 2 and 0.4, of images 2, of texts 0.4
+    assert measured["alignment"] == pytest.approx(1.2)
+    assert measured["uniformity of images"] == pytest.approx(-4)
+    assert measured["uniformity of texts"] == pytest.approx(-0.8)
+    # the means are (0.5, 0.5) and (0.3, 0.9)
+    assert measured["gap"] == pytest.approx(0.2**0.5)
 
 
 @pytest.mark.parametrize("loss", compare.LOSSES.values(), ids=compare.LOSSES)

@@ -49,7 +49,9 @@ def test_kernels_are_a_part_of_mmfast(without_core):
 
 def test_works_without_the_core(without_core, tmp_path):
     program = (
-        "import warnings, torch, mmfast, mmfast.cli\n"
+        "import sys, warnings, torch, mmfast, mmfast.cli\n"
+        "assert not {'mmfast.gap', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "assert 'uniformity' in dir(mmfast)\n"
         "x = torch.randn(4, 3, requires_grad=True)\n"
         "with warnings.catch_warnings(record=True) as said:\n"
         "    warnings.simplefilter('always')\n"
@@ -58,6 +60,7 @@ def test_works_without_the_core(without_core, tmp_path):
         "assert x.grad.isfinite().all()\n"
         "assert [str(w.message) for w in said if 'MMFAST_NO_EXT' in str(w.message)][1:] == []\n"
         "assert 'MMFAST_NO_EXT' in str(said[0].message)\n"
+        "assert mmfast.uniformity(x).isfinite()\n"
         "mmfast.cli.main(['info'])\n"
     )
     # -S: an editable install of this tree would lend its core

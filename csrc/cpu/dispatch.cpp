@@ -23,6 +23,8 @@ namespace mmfast {
                                const Run&);                                                \
   SoftplusSum pairwise_softplus(const Pairs&, double, View, View, bool, bool, const Run&); \
   void sample_negatives(const Pairs&, uint64_t, View, const Run&);                         \
+  PairStats pairwise_stats(View, View, View, double, View, const Run&);                    \
+  void pairwise_rank(const Pairs&, View, View, View, View, const Run&);                    \
   void slerp_forward(View, View, View, View, const Run&);                                  \
   void slerp_backward(View, View, View, View, View, View, View, const Run&);               \
   void sparsemax_forward(View, View, const Run&);                                          \
@@ -64,6 +66,8 @@ struct Level {
   decltype(&pairwise_lse_backward) backward;
   decltype(&pairwise_softplus) softplus;
   decltype(&sample_negatives) draw;
+  decltype(&pairwise_stats) stats;
+  decltype(&pairwise_rank) rank;
   decltype(&slerp_forward) mix;
   decltype(&slerp_backward) mix_backward;
   decltype(&sparsemax_forward) project;
@@ -72,12 +76,13 @@ struct Level {
   decltype(&multiply_add_rate) limit;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                                               \
-  Level {                                                                                \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                 \
-        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives, \
-        level::slerp_forward, level::slerp_backward, level::sparsemax_forward,           \
-        level::sparsemax_backward, level::tile_rate, level::multiply_add_rate            \
+#define MMFAST_LEVEL_ROW(level, condition)                                                        \
+  Level {                                                                                         \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                          \
+        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives,          \
+        level::pairwise_stats, level::pairwise_rank, level::slerp_forward, level::slerp_backward, \
+        level::sparsemax_forward, level::sparsemax_backward, level::tile_rate,                    \
+        level::multiply_add_rate                                                                  \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -150,6 +155,15 @@ SoftplusSum pairwise_softplus(const Pairs& pairs, double bias, View dq, View dk,
 
 void sample_negatives(const Pairs& pairs, uint64_t seed, View indices, const Run& run) {
   current().draw(pairs, seed, indices, run);
+}
+
+PairStats pairwise_stats(View x, View y, View edges, double pivot, View counts, const Run& run) {
+  return current().stats(x, y, edges, pivot, counts, run);
+}
+
+void pairwise_rank(const Pairs& pairs, View threshold, View largest, View index, View above,
+                   const Run& run) {
+  current().rank(pairs, threshold, largest, index, above, run);
 }
 
 void slerp_forward(View a, View b, View lam, View out, const Run& run) {

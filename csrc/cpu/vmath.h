@@ -23,6 +23,17 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// a < b ? a : b; where a is NaN, b
+template <class T>
+inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 template <class T>
 inline Vec<T> select(Ints<T> where, Vec<T> a, Vec<T> b) {
   return where ? a : b;
@@ -236,25 +247,32 @@ inline double sum_of_lanes(Vec<T> v) {
   return sum;
 }
 
-// of lanes that comparisons give
+// A bit for every lane of a comparison.
 template <class T>
-inline bool all(Ints<T> v) {
-#if defined(__AVX512DQ__)
-  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)v) == 0xffff;
-  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)v) == 0xff;
+inline unsigned bits_of(Ints<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)v);
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)v);
 #elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)v) == -1;
-#elif defined(__SSE2__)
-  return _mm_movemask_epi8((__m128i)v) == 0xffff;
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)v);
+  if constexpr (sizeof(T) == 8) return _mm256_movemask_pd((__m256d)v);
 #else
-  typename Simd<T>::Int both = -1;
-  for (int i = 0; i < kWidth<T>; ++i) both &= v[i];
-  return both != 0;
+  unsigned bits = 0;
+  for (int i = 0; i < kWidth<T>; ++i) bits |= unsigned(v[i] & 1) << i;
+  return bits;
 #endif
 }
 template <class T>
+inline bool all(Ints<T> v) {
+  return bits_of<T>(v) == (1u << kWidth<T>)-1;
+}
+template <class T>
 inline bool any(Ints<T> v) {
-  return !all<T>(~v);
+  return bits_of<T>(v) != 0;
+}
+template <class T>
+inline int count_of(Ints<T> v) {
+  return __builtin_popcount(bits_of<T>(v));
 }
 
 }  // namespace mmfast::MMFAST_LEVEL
