@@ -312,10 +312,13 @@ def good_rows() -> list[dict[str, Any]]:
     ):
         own = {"percent_of_peak": percent, "peaks": peaks, "mode": mode}
         rows += [row(bench, "blocks", 3.0, mode=mode), row(bench, "cpp", 1.0, **own)]
+    projected = {"sorting": 20.5, "entmax, top-k": 1.02, "cpp": 1.0}
+    for bench in targets.SPARSEMAX:
+        rows += [row(bench, name, t, n=4096, d=16384) for name, t in projected.items()]
     return rows
 
 
-TARGETS = 30
+TARGETS = 32
 GOOD_TILE = {"limit_gflops": 236.0, "tile_gflops": 220.0, "percent": 93.0}
 
 
@@ -363,6 +366,8 @@ def test_nothing_measured_meets_nothing():
             (20 + i, {"bench": loss, "contender": "mmfast"}, {"percent_of_peak": 79.9})
             for i, loss in enumerate(targets.LOSSES)
         ),
+        (30, {"bench": "sparsemax_dense", "contender": "sorting"}, {"median": 19.9}),
+        (31, {"bench": "sparsemax_peaked", "contender": "entmax, top-k"}, {"median": 0.99}),
     ],
 )
 def test_each_target_is_missed_by_its_own_worst_row(missed, which, change):
@@ -391,7 +396,7 @@ def test_a_peak_without_the_own_tile_judges_nothing():
         if "peaks" in r:
             r["peaks"] = {"torch.mm": 130.0}
     met = [v.met for v in targets.judge(rows, [])]
-    assert met[:3] + met[17:] == [None] * 13
+    assert met[:3] + met[17:27] == [None] * 13
 
 
 def test_small_bfloat16_batches_of_256_are_no_target():
