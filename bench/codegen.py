@@ -48,6 +48,7 @@ POINTERS = {
     **dict.fromkeys(("Q_IDS", "K_IDS", "X_IDS", "Y_IDS", "SEED", "INDEX"), "i64"),
     **dict.fromkeys(("ABOVE", "COUNTS", "PLACES"), "i64"),
     "MASK": "u8",
+    "WINNERS": "i32",
 }
 SIZES = frozenset({"N", "M"})
 HEADER = """# Compiled kernels
@@ -195,6 +196,7 @@ def triton_jobs(quick: bool) -> tuple[Job, ...]:
         *_sample_jobs(),
         *_rank_jobs(),
         *_stats_jobs(),
+        *_pool_jobs(),
         *_slerp_jobs(),
     )
     return tuple(job for job in jobs if not (quick and job.slow))
@@ -345,6 +347,38 @@ def _pairwise_softplus_jobs() -> Iterator[Job]:
                     tile=f"{tile.n}x{tile.m}x{tile.d}, {tile.warps} warps, {tile.stages} stages",
                     tensor_cores=kind != "ieee",
                     slow=what != "gradients, ids" or kind != "half",
+                )
+
+
+def _pool_jobs() -> Iterator[Job]:
+    from mmfast.kernels import fdt_pool
+
+    kernels = {"pool": fdt_pool.pool_kernel, "tokens": fdt_pool.tokens_kernel}
+    for (name, kind, arch), rows in fdt_pool.TILES.items():
+        for _, tile in rows:
+            for what, absent in (("", ("MASK",)), (", mask", ())) if name == "pool" else [("", ())]:
+                yield Job(
+                    f"fdt_pool {name}, {kind}, D={DEPTH}{what}",
+                    kernels[name],
+                    arch,
+                    _types(kernels[name], kind, without=absent),
+                    fdt_pool.constants(name, DEPTH, kind, tile),
+                    tile=f"{tile.n}x{tile.m}x{tile.d}, {tile.warps} warps, {tile.stages} stages",
+                    tensor_cores=kind != "ieee",
+                    slow=what != "" or kind != "half",
+                )
+    kernel = fdt_pool.codebook_kernel
+    for arch in ARCHITECTURES:
+        for kind in ("half", "ieee"):
+            for what, absent in (("", ("DOTS",)), (", temperature", ())):
+                yield Job(
+                    f"fdt_pool codebook, {DTYPES[kind]}, D={DEPTH}{what}",
+                    kernel,
+                    arch,
+                    _types(kernel, kind, without=absent),
+                    {"D": DEPTH, **fdt_pool.CODES},
+                    tile=f"{fdt_pool.CODES['BLOCK_M']}x{fdt_pool.CODES['BLOCK_D']}",
+                    slow=what != "" or kind != "half",
                 )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mmfast
+from mmfast.ops import fdt_pool as dictionary
 from mmfast.ops import pairwise_lse as pairwise
 from mmfast.ops import pairwise_rank as ranking
 from mmfast.ops import pairwise_softplus as sigmoid
@@ -19,7 +20,7 @@ from mmfast.ops import sample_negatives as sampling
 from mmfast.ops import slerp as spherical
 from mmfast.ops import sparsemax as projection
 from mmfast.ops._inputs import SCORE_TYPE
-from mmfast.testing import lse_magnitudes, softplus_magnitudes
+from mmfast.testing import lse_magnitudes, pool_magnitudes, softplus_magnitudes
 
 Inputs = dict[str, Any]
 Results = dict[str, Tensor]
@@ -62,6 +63,18 @@ def results(
     grads = torch.autograd.grad(outputs, [inputs[name] for name in subject.leaves], upstream)
     names = (*subject.outputs, *(f"d{name}" for name in subject.leaves))
     return dict(zip(names, (*outputs, *grads), strict=True))
+
+
+def _reordered_pool(inputs: Inputs) -> tuple[Tensor, ...]:
+    flipped = {"tokens": inputs["tokens"].flip(2), "codebook": inputs["codebook"].flip(0, 1)}
+    pooled, weights = dictionary.reference(**{**inputs, **flipped})
+    return pooled.flip(1), weights.flip(1)
+
+
+def _pool_magnitudes(
+    inputs: Inputs, exact: Results, upstream: list[Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    return pool_magnitudes(inputs, exact["weights"], upstream)
 
 
 def _reordered_lse(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -212,6 +225,15 @@ def _sparsemax_magnitudes(
 
 # how each op of BACKENDS is checked; one that is missing here is reported red
 SUBJECTS = {
+    "fdt_pool": Subject(
+        leaves=("tokens", "codebook", "temperature"),
+        outputs=("pooled", "weights"),
+        wide=("weights", "dtemperature"),
+        run=lambda inputs, backend: mmfast.fdt_pool(**inputs, backend=backend),
+        definition=lambda inputs: dictionary.reference(**inputs),
+        reordered=_reordered_pool,
+        magnitudes=_pool_magnitudes,
+    ),
     "pairwise_lse": Subject(
         leaves=("q", "k", "scale"),
         outputs=("rows", "columns"),

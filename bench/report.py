@@ -24,6 +24,8 @@ BASELINE = {
     **dict.fromkeys(SPARSEMAX, "sorting"),
     "statistics": "blocks",
     "ranks": "blocks",
+    "fdt_few": "eager",
+    "fdt_all": "eager",
     **dict.fromkeys(LOSSES, "dense"),
 }
 TITLES = {
@@ -40,6 +42,8 @@ TITLES = {
     "sparsemax_partial": "sparsemax where an eighth of 16384 entries is in the support",
     "sparsemax_dense": "sparsemax where every entry is in the support",
     **{loss: f"{loss}_loss and its published dense form" for loss in LOSSES},
+    "fdt_few": "fdt_pool, 64 samples of 49 tokens, N codes of which few survive",
+    "fdt_all": "fdt_pool, the same where all codes survive",
     "sampling": "one negative a row: sample_negatives, and multinomial of a softmax",
     "statistics": "pairwise_stats of one set, and torch over blocks of rows",
     "ranks": "pairwise_rank, and torch over blocks of rows",

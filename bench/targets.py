@@ -106,6 +106,24 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
         _at_least(
             "sparsemax: not slower than entmax's top-k", _sparsemax(rows, "entmax, top-k"), 1, "x"
         ),
+        _at_least(
+            "fdt_pool forward, few codes: ≥ 85 % of peak",
+            _percent(_select(rows, bench="fdt_few", mode="fwd", contender="cpp")),
+            85,
+            "%",
+        ),
+        _at_most(
+            "fdt_pool, few codes: backward ≤ 0.15 of forward", _backward_share(rows), 0.15, "x"
+        ),
+        *(
+            _at_least(
+                f"fdt_pool {mode}, {what} codes: ≥ {bound}x plain torch",
+                _ratios(_select(rows, bench=f"fdt_{what}", mode=mode), "eager", "cpp"),
+                bound,
+                "x",
+            )
+            for mode, what, bound in (("fwd+bwd", "few", 4.5), ("bwd", "all", 3))
+        ),
     ]
 
 
@@ -224,6 +242,15 @@ def _threads(rows: list[Row]) -> Figures:
 def _bandwidth(rows: list[Row]) -> Figures:
     ratios = _ratios(_select(rows, bench="bandwidth", mode="fwd"), "copy", "cpp")
     return [(100 * ratio, where) for ratio, where in ratios]
+
+
+def _backward_share(rows: list[Row]) -> Figures:
+    chosen = _select(rows, bench="fdt_few", contender="cpp")
+    return [
+        (backward["median"] / forward["median"], place(forward))
+        for forward in _select(chosen, mode="fwd")
+        for backward in _select(chosen, mode="bwd", dtype=forward["dtype"])
+    ]
 
 
 def _mix(rows: list[Row]) -> Figures:

@@ -42,6 +42,7 @@ inline Type type_of(DataType t, const std::string& name) {
     if (t.code == kFloat && t.bits == 16) return Type::f16;
     if (t.code == kBfloat && t.bits == 16) return Type::bf16;
     if (t.code == kInt && t.bits == 64) return Type::i64;
+    if (t.code == kInt && t.bits == 32) return Type::i32;
     if (t.code == kBool && t.bits == 8) return Type::b8;
   }
   throw pybind11::type_error(name + ": this element type is not supported");

@@ -49,6 +49,29 @@ SoftplusSum pairwise_softplus(const Pairs&, double bias, View dq, View dk, bool 
 // -1 where no score is left that is above -inf. The same for the same seed, whatever runs it.
 void sample_negatives(const Pairs&, uint64_t seed, View indices, const Run&);
 
+// Tokens [B, N, D] against codes [C, D]: s = scale * <token, code>.
+enum class Normalize { sparsemax, softmax, sigmoid };
+struct TokenPool {
+  View tokens;    // [B, N * D]: f32, f64, bf16 or f16, inner stride 1
+  View codebook;  // [C, D] of the same type, inner stride 1
+  double scale = 1;
+  Normalize normalize = Normalize::sparsemax;
+  View mask;  // bool [B, N], the places that hold a token, or empty
+  double padded_score = 0;
+};
+
+// winners[b, c] (i32) = the first token of the largest s, or -1 where a padded place has more;
+// weights [B, C] (f32, f64 for f64 inputs) = that score, normalised over the codes; pooled [B, D]
+// (type of tokens) = the codes so weighted, for sigmoid divided by the sum of the weights.
+// All contiguous.
+void fdt_pool_forward(const TokenPool&, View pooled, View weights, View winners, const Run&);
+
+// Gradients for upstream g_pooled [B, D] and g_weights [B, C], either may be empty, into d_tokens
+// [B, N * D] and d_codebook [C, D], contiguous; an empty view is not asked for. Returns that of the
+// scale, or 0 where `need_scale` is false. The mask is not looked at.
+double fdt_pool_backward(const TokenPool&, View g_pooled, View g_weights, View weights,
+                         View winners, View d_tokens, View d_codebook, bool need_scale, const Run&);
+
 // A product <x_row, y_column>; row -1: there is none.
 struct Extreme {
   double value;

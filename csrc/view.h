@@ -3,7 +3,7 @@
 
 namespace mmfast {
 
-enum class Type { f32, f64, bf16, f16, i64, b8 };
+enum class Type { f32, f64, bf16, f16, i64, i32, b8 };
 
 // A matrix that somebody else owns; strides count elements. A vector is a matrix of one column.
 struct View {

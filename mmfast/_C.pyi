@@ -84,6 +84,36 @@ def sample_negatives(
 ) -> None:
     """Write indices [N], the column of k [M, D] drawn for each row of q [N, D], or -1."""
 
+def fdt_pool_forward(
+    tokens: Tensor,
+    codebook: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    normalize: str,
+    padded_score: float,
+    pooled: Tensor,
+    weights: Tensor,
+    winners: Tensor,
+    threads: int,
+) -> None:
+    """Write pooled [B, D], weights [B, C] and winners [B, C] (int32) of tokens [B, N * D]."""
+
+def fdt_pool_backward(
+    g_pooled: Tensor | None,
+    g_weights: Tensor | None,
+    tokens: Tensor,
+    codebook: Tensor,
+    scale: float,
+    normalize: str,
+    weights: Tensor,
+    winners: Tensor,
+    d_tokens: Tensor | None,
+    d_codebook: Tensor | None,
+    need_scale: bool,
+    threads: int,
+) -> float:
+    """Write d_tokens [B, N * D] and d_codebook [C, D], each unless None; return d/dscale."""
+
 def pairwise_stats(
     x: Tensor,
     y: Tensor | None,

@@ -9,6 +9,7 @@ import torch  # noqa: F401
 from mmfast import nn
 from mmfast.losses.albef import itc_loss, itm_loss, mlm_loss
 from mmfast.losses.clip import clip_loss, info_nce
+from mmfast.losses.fdt import fdt_loss, fdt_temperature
 from mmfast.losses.gmc import gmc_embedding, gmc_loss
 from mmfast.losses.hcl import hcl_loss
 from mmfast.losses.m3_mix import m3_mix_loss
@@ -16,6 +17,7 @@ from mmfast.losses.mixup import l_mix_loss, m2_mix_loss, v_mix_loss, vl_mix_loss
 from mmfast.losses.moco import mct_loss, moco_loss, tagged_moco_loss
 from mmfast.losses.siglip import siglip_loss
 from mmfast.ops._statistics import PairwiseStats
+from mmfast.ops.fdt_pool import fdt_pool
 from mmfast.ops.pairwise_lse import pairwise_lse
 from mmfast.ops.pairwise_rank import pairwise_rank
 from mmfast.ops.pairwise_softplus import pairwise_softplus
@@ -53,6 +55,9 @@ __all__ = [
     "cone_effect",
     "cosine_stats",
     "embedding_arithmetic",
+    "fdt_loss",
+    "fdt_pool",
+    "fdt_temperature",
     "gmc_embedding",
     "gmc_loss",
     "gradient_blending_weights",

@@ -160,10 +160,79 @@ class ScoresCase:
         return {"x": view.requires_grad_()}
 
 
-AnyCase = Case | RowsCase | ScoresCase
+@dataclass(frozen=True)
+class PoolCase:
+    """One problem of tokens [B, N, D] against a codebook [C, D], and the reason it is there.
+
+    tags: as for `Case`. normalize, temperature: as in the op, for random normal values in eighths:
+    their scores are exact in every type, so that who wins is no matter of rounding.
+    padded_score: None where every place holds a token; otherwise a third does not, in the first
+        sample none does, and the places without hold NaN.
+    """
+
+    id: str
+    B: int
+    N: int
+    C: int
+    D: int
+    why: str
+    tags: tuple[str, ...] = ("full",)
+    normalize: str = "sparsemax"
+    temperature: float = 0.5
+    padded_score: float | None = None
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, *, device: str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Keyword arguments of the op: tokens, codebook and temperature, leaves that require grad.
+
+        Both lie in wider buffers of NaN: tokens as behind a class token, codes among columns.
+        """
+        random = torch.Generator().manual_seed(seed)
+        B, N, C, D = self.B, self.N, self.C, self.D
+        tokens = torch.full((B, N + 1, D), torch.nan, dtype=dtype, device=device)[:, 1:]
+        codebook = torch.full((C, D + 5), torch.nan, dtype=dtype, device=device)[:, 3 : 3 + D]
+        for x in (codebook, tokens):
+            normal = torch.randn(x.shape, generator=random, dtype=torch.float64)
+            x.copy_((8 * normal).round().clamp(-32, 32) / 8)
+        made: dict[str, Any] = {"normalize": self.normalize}
+        if self.padded_score is not None:
+            mask = torch.rand(B, N, generator=random) < 0.67
+            mask[0] = False
+            made["mask"], made["padded_score"] = mask.to(device), self.padded_score
+            tokens[~made["mask"]] = torch.nan
+        temperature = torch.tensor(self.temperature, dtype=torch.float64, requires_grad=True)
+        made.update(tokens=tokens.requires_grad_(), codebook=codebook.requires_grad_())
+        return made | {"temperature": temperature}
+
+
+AnyCase = Case | RowsCase | ScoresCase | PoolCase
 _QUICK = ("quick", "full")
 
 CASES: dict[str, tuple[AnyCase, ...]] = {
+    "fdt_pool": (
+        PoolCase("single", 1, 1, 1, 1, "the smallest problem there is", _QUICK),
+        PoolCase("aligned", 4, 16, 128, 64, "every tile is whole: no edge code runs"),
+        PoolCase("ragged", 5, 9, 131, 33, "one row and a few columns more than whole tiles",
+                 _QUICK, padded_score=-math.inf),
+        PoolCase("odd_width", 3, 7, 41, 13, "D fits no vector and no bf16 pair", _QUICK,
+                 padded_score=0.0),
+        PoolCase("one_token", 40, 1, 70, 24, "N=1: the maximum of one; several samples a tile"),
+        PoolCase("few_codes", 20, 5, 3, 24, "C below a vector: threads share the codes", _QUICK,
+                 "softmax", padded_score=0.0),
+        PoolCase("long", 2, 400, 65, 20, "a sample goes through several strips and tiles"),
+        PoolCase("deep", 3, 11, 200, 300, "D above what one visit of the width takes"),
+        PoolCase("many_codes", 2, 6, 600, 16, "several groups of codes, few of them survive",
+                 temperature=0.05),
+        PoolCase("all_survive", 5, 7, 300, 40, "T=1000: every code keeps a weight",
+                 temperature=1000.0),
+        PoolCase("soft", 4, 11, 140, 17, "softmax: every code, of weights far apart",
+                 normalize="softmax", padded_score=-math.inf),
+        PoolCase("gates", 4, 11, 140, 17, "sigmoid: weights that do not sum to one", _QUICK,
+                 "sigmoid", padded_score=0.0),
+        PoolCase("shut", 4, 11, 140, 17, "sigmoid: a sample without a token divides by nothing",
+                 normalize="sigmoid", padded_score=-math.inf),
+    ),
     "pairwise_lse": (
         Case("single", 1, 1, 1, "the smallest problem there is", _QUICK),
         Case("aligned", 64, 128, 64, "every tile is whole: no edge code runs", _QUICK),
@@ -322,9 +391,13 @@ def strided(x: Tensor, layout: str) -> Tensor:
 def in_double(made: dict[str, Any]) -> dict[str, Any]:
     """A case's inputs for the float64 judge: floating tensors become new float64 leaves."""
     return {
-        name: x.detach().double().requires_grad_() if x.is_floating_point() else x
+        name: x.detach().double().requires_grad_() if _is_floating(x) else x
         for name, x in made.items()
     }
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 @torch.no_grad()
@@ -379,6 +452,40 @@ def softplus_magnitudes(made: dict[str, Any], upstream: Tensor) -> dict[str, flo
         "dk": float(scale * (weights.T @ made["q"].abs()).max()),
         "dscale": float((weights * products.abs()).sum()),
         "dbias": float(weights.sum()),
+    }
+
+
+@torch.no_grad()
+def pool_magnitudes(
+    made: dict[str, Any], weights: Tensor, upstream: Sequence[Tensor]
+) -> dict[str, float]:
+    """The same of fdt_pool for the inputs `made` and its weights [B, C].
+
+    `upstream` of pooled and of weights.
+    """
+    scale = 1 / (math.sqrt(made["codebook"].shape[1]) * float(made["temperature"]))
+    padded = made["tokens"].isnan()
+    scores = made["tokens"].nan_to_num(0.0) @ made["codebook"].T
+    winners = (
+        scores.masked_fill(padded.any(2, keepdim=True), -math.inf).max(1, keepdim=True).indices
+    )
+    tokens, codes = made["tokens"].nan_to_num(0.0).abs(), made["codebook"].abs()
+    score = 1 + float((tokens @ codes.T).max()) * scale
+    # a weight takes over the rounding of its score, all of it or in proportion
+    off = (weights > 0) * score if made["normalize"] == "sparsemax" else weights * score
+    total = weights.sum(1, keepdim=True).clamp(min=1)
+    g, h = (x.abs() for x in upstream)
+    v = g @ codes.T + h
+    slope = 2 * v.amax(1, keepdim=True) * (off + weights) * scale
+    won = torch.zeros_like(scores).scatter_(1, winners, slope.unsqueeze(1))
+    d_tokens = won @ codes
+    d_codes = torch.einsum("bnc,bnd->cd", won, tokens) + (off / total).T @ g
+    return {
+        "pooled": float(((off + weights) / total @ codes).max()),
+        "weights": score,
+        "dtokens": float(d_tokens.max()),
+        "dcodebook": float(d_codes.max()),
+        "dtemperature": float((d_tokens * tokens).sum()) / float(made["temperature"]),
     }
 
 

@@ -315,10 +315,15 @@ def good_rows() -> list[dict[str, Any]]:
     projected = {"sorting": 20.5, "entmax, top-k": 1.02, "cpp": 1.0}
     for bench in targets.SPARSEMAX:
         rows += [row(bench, name, t, n=4096, d=16384) for name, t in projected.items()]
+    for mode, eager, own in (("fwd", 4.0, 1.0), ("bwd", 4.0, 0.14), ("fwd+bwd", 4.6, 1.0)):
+        rate = {"percent_of_peak": 86.0, "peaks": peaks} if mode == "fwd" else {}
+        rows += [row("fdt_few", "eager", eager, mode=mode)]
+        rows += [row("fdt_few", "cpp", own, mode=mode, **rate)]
+    rows += [row("fdt_all", name, t, mode="bwd") for name, t in (("eager", 3.1), ("cpp", 1.0))]
     return rows
 
 
-TARGETS = 32
+TARGETS = 36
 GOOD_TILE = {"limit_gflops": 236.0, "tile_gflops": 220.0, "percent": 93.0}
 
 
@@ -368,6 +373,10 @@ def test_nothing_measured_meets_nothing():
         ),
         (30, {"bench": "sparsemax_dense", "contender": "sorting"}, {"median": 19.9}),
         (31, {"bench": "sparsemax_peaked", "contender": "entmax, top-k"}, {"median": 0.99}),
+        (32, {"bench": "fdt_few", "mode": "fwd", "contender": "cpp"}, {"percent_of_peak": 84.9}),
+        (33, {"bench": "fdt_few", "mode": "bwd", "contender": "cpp"}, {"median": 0.16}),
+        (34, {"bench": "fdt_few", "mode": "fwd+bwd", "contender": "cpp"}, {"median": 1.03}),
+        (35, {"bench": "fdt_all", "contender": "cpp"}, {"median": 1.04}),
     ],
 )
 def test_each_target_is_missed_by_its_own_worst_row(missed, which, change):
@@ -396,7 +405,7 @@ def test_a_peak_without_the_own_tile_judges_nothing():
         if "peaks" in r:
             r["peaks"] = {"torch.mm": 130.0}
     met = [v.met for v in targets.judge(rows, [])]
-    assert met[:3] + met[17:27] == [None] * 13
+    assert met[:3] + met[17:30] + met[32:33] == [None] * 17
 
 
 def test_small_bfloat16_batches_of_256_are_no_target():

@@ -23,6 +23,9 @@ namespace mmfast {
                                const Run&);                                                \
   SoftplusSum pairwise_softplus(const Pairs&, double, View, View, bool, bool, const Run&); \
   void sample_negatives(const Pairs&, uint64_t, View, const Run&);                         \
+  void fdt_pool_forward(const TokenPool&, View, View, View, const Run&);                   \
+  double fdt_pool_backward(const TokenPool&, View, View, View, View, View, View, bool,     \
+                           const Run&);                                                    \
   PairStats pairwise_stats(View, View, View, double, View, const Run&);                    \
   void pairwise_rank(const Pairs&, View, View, View, View, const Run&);                    \
   void slerp_forward(View, View, View, View, const Run&);                                  \
@@ -66,6 +69,8 @@ struct Level {
   decltype(&pairwise_lse_backward) backward;
   decltype(&pairwise_softplus) softplus;
   decltype(&sample_negatives) draw;
+  decltype(&fdt_pool_forward) pool;
+  decltype(&fdt_pool_backward) pool_backward;
   decltype(&pairwise_stats) stats;
   decltype(&pairwise_rank) rank;
   decltype(&slerp_forward) mix;
@@ -76,13 +81,14 @@ struct Level {
   decltype(&multiply_add_rate) limit;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                                                        \
-  Level {                                                                                         \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                          \
-        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives,          \
-        level::pairwise_stats, level::pairwise_rank, level::slerp_forward, level::slerp_backward, \
-        level::sparsemax_forward, level::sparsemax_backward, level::tile_rate,                    \
-        level::multiply_add_rate                                                                  \
+#define MMFAST_LEVEL_ROW(level, condition)                                               \
+  Level {                                                                                \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                 \
+        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives, \
+        level::fdt_pool_forward, level::fdt_pool_backward, level::pairwise_stats,        \
+        level::pairwise_rank, level::slerp_forward, level::slerp_backward,               \
+        level::sparsemax_forward, level::sparsemax_backward, level::tile_rate,           \
+        level::multiply_add_rate                                                         \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -155,6 +161,18 @@ SoftplusSum pairwise_softplus(const Pairs& pairs, double bias, View dq, View dk,
 
 void sample_negatives(const Pairs& pairs, uint64_t seed, View indices, const Run& run) {
   current().draw(pairs, seed, indices, run);
+}
+
+void fdt_pool_forward(const TokenPool& in, View pooled, View weights, View winners,
+                      const Run& run) {
+  current().pool(in, pooled, weights, winners, run);
+}
+
+double fdt_pool_backward(const TokenPool& in, View g_pooled, View g_weights, View weights,
+                         View winners, View d_tokens, View d_codebook, bool need_scale,
+                         const Run& run) {
+  return current().pool_backward(in, g_pooled, g_weights, weights, winners, d_tokens, d_codebook,
+                                 need_scale, run);
 }
 
 PairStats pairwise_stats(View x, View y, View edges, double pivot, View counts, const Run& run) {

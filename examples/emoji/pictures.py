@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from data import Pairs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#B8B8B8", "#333333"
@@ -147,6 +149,39 @@ def uniformity_and_alignment(path: Path, results: dict[str, dict[str, float]]) -
     better = {"xycoords": "axes fraction", "textcoords": "axes fraction", "arrowprops": ARROW}
     axes.annotate("better", (0.02, 0.02), (0.12, 0.14), **better)
     tidy(axes)
+    return save(figure, path)
+
+
+@dataclass(frozen=True)
+class CodeMeaning:
+    """What fires a code most: (picture, row, column) of patches, and words, best first."""
+
+    code: int
+    patches: list[tuple[int, int, int]]
+    words: list[str]
+
+
+def code_meanings(path: Path, meanings: list[CodeMeaning], pairs: Pairs, patch: int) -> Path:
+    """One code a line: the pictures whose patch, in the box, fires it most, and the words."""
+    columns = max(len(meaning.patches) for meaning in meanings)
+    figure = Figure(figsize=(1.05 * columns + 4, 1.1 * len(meanings) + 0.6), layout="constrained")
+    title = "What some codes mean: the patches and words that fire them most"
+    figure.suptitle(title, weight="bold")
+    widths = (1,) * columns + (3.6,)
+    grid = figure.subplots(len(meanings), columns + 1, width_ratios=widths, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, meaning in zip(grid, meanings, strict=True):
+        for axes, (picture, row, column) in zip(line, meaning.patches, strict=False):
+            axes.imshow(pairs.thumbnails[picture], interpolation="lanczos")
+            corner = (column * patch - 0.5, row * patch - 0.5)
+            style = {"fill": False, "edgecolor": ORANGE, "linewidth": 2}
+            axes.add_patch(Rectangle(corner, patch, patch, **style))
+        text = line[-1]
+        text.text(0, 0.8, f"code {meaning.code}", size=9, color=GREY, transform=text.transAxes)
+        words = short(", ".join(meaning.words), 90)
+        style = {"size": 10.5, "color": INK, "parse_math": False, "wrap": True, "va": "top"}
+        text.text(0, 0.65, words, transform=text.transAxes, **style)
     return save(figure, path)
 
 

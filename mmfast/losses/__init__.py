@@ -2,6 +2,7 @@
 
 from mmfast.losses.albef import itc_loss, itm_loss, mlm_loss
 from mmfast.losses.clip import ClipLoss, clip_loss, info_nce
+from mmfast.losses.fdt import FDT, fdt_loss, fdt_temperature
 from mmfast.losses.gmc import GMCLoss, gmc_embedding, gmc_loss
 from mmfast.losses.hcl import hcl_loss
 from mmfast.losses.m3_mix import M2MixLoss, M3MixLoss, m3_mix_loss
@@ -11,6 +12,7 @@ from mmfast.losses.momentum_itc import MomentumITC
 from mmfast.losses.siglip import SigLipLoss, siglip_loss
 
 __all__ = [
+    "FDT",
     "ClipLoss",
     "GMCLoss",
     "M2MixLoss",
@@ -19,6 +21,8 @@ __all__ = [
     "MomentumITC",
     "SigLipLoss",
     "clip_loss",
+    "fdt_loss",
+    "fdt_temperature",
     "gmc_embedding",
     "gmc_loss",
     "hcl_loss",
