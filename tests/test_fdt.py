@@ -11,23 +11,14 @@ import torch.nn.functional as F
 from mmfast import clip_loss
 from mmfast.losses.fdt import fdt_loss, fdt_temperature
 from mmfast.nn import FDT
-from mmfast.ops import BACKENDS
 from mmfast.ops.fdt_pool import fdt_pool
 from mmfast.testing import leaf
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "fdt.npz")
 # the cases that begin at the tokens, before the query map
 MAPPED = sorted(key.rpartition(".")[0] for key in GOLDEN.files if "qmap_0_weight" in key)
+OP = "fdt_pool"
 STEP = "contrastive_B7_Ni11_Nt5_D13_C37"
-
-
-PROBE = torch.ones(1, 1)
-
-
-@pytest.fixture(params=[row.name for row in BACKENDS["fdt_pool"] if not row.refusal(PROBE, PROBE)])
-def backend(request):
-    """Those of the pooling, which are fewer than those of the loss."""
-    return request.param
 
 
 def golden(case, name):
