@@ -214,7 +214,8 @@ def _taught(n: int, queue: int, d: int, dtype: str) -> tuple[Any, ...]:
     return image, text, *twins, *queues, torch.tensor(TEMPERATURE, requires_grad=True), ALPHA
 
 
-# a sweep is scored once forward and once backward, and each side that learns takes a product more
+# a sweep is scored once forward and once backward, and each side that learns takes a product more;
+# where keys are constants the one product more is made forward, and none is scored again
 CASES = {
     # [image; text] against the mixtures
     "m2_mix": Case(m2_mix, _mixed, 8),
@@ -229,9 +230,9 @@ CASES = {
     # gradients are made with the value
     "siglip": Case(peers.sigmoid, _sigmoid, 3),
     # keys do not learn
-    "moco": Case(moco, _momentum, 3),
+    "moco": Case(moco, _momentum, 2),
     # as moco, and the means of positives
-    "tagged_moco": Case(tagged_moco, _tagged, 4),
-    # in each of two directions a student as moco, and a teacher: scores, scores again, mean of keys
-    "itc": Case(itc, _taught, 12, sweeps_batch=True),
+    "tagged_moco": Case(tagged_moco, _tagged, 3),
+    # in each of two directions a student as moco, and a teacher: scores and the mean of keys
+    "itc": Case(itc, _taught, 8, sweeps_batch=True),
 }

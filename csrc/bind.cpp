@@ -137,6 +137,20 @@ double backward(py::handle g_rows, py::handle g_columns, py::handle q, py::handl
   });
 }
 
+void lse_mean(py::handle q, py::handle k, double scale, py::handle q_ids, py::handle k_ids,
+              py::handle mask, py::handle rows, py::handle mean, int threads) {
+  const PairArrays in(q, k, scale, q_ids, k_ids, mask);
+  const Array r(rows, "rows", 1), m(mean, "mean", 2);
+  check(r.view() && m.view(), "rows and mean must be given");
+  const View mean_view = canonical(m.view());
+  View like = in.pairs.q;
+  like.type = wide(like.type);
+  check_vector(r.view(), "rows", like.rows, like.type);
+  check_matrix(mean_view, "mean", like, true);
+  released(threads,
+           [&](const Run& run) { mmfast::pairwise_lse_mean(in.pairs, r.view(), mean_view, run); });
+}
+
 auto softplus(py::handle q, py::handle k, double scale, double bias, py::handle q_ids,
               py::handle k_ids, py::handle dq, py::handle dk, bool need_scale, bool need_bias,
               int threads) {
@@ -504,6 +518,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("pairwise_lse_backward", &backward, py::arg("g_rows"), py::arg("g_columns"), py::arg("q"),
         py::arg("k"), py::arg("scale"), py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"),
         py::arg("rows"), py::arg("columns"), py::arg("dq"), py::arg("dk"), py::arg("need_scale"),
+        py::arg("threads"));
+  m.def("pairwise_lse_mean", &lse_mean, py::arg("q"), py::arg("k"), py::arg("scale"),
+        py::arg("q_ids"), py::arg("k_ids"), py::arg("mask"), py::arg("rows"), py::arg("mean"),
         py::arg("threads"));
   m.def("pairwise_softplus", &softplus, py::arg("q"), py::arg("k"), py::arg("scale"),
         py::arg("bias"), py::arg("q_ids"), py::arg("k_ids"), py::arg("dq"), py::arg("dk"),

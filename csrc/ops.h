@@ -34,6 +34,10 @@ void pairwise_lse_forward(const Pairs&, View rows, View columns, const Run&);
 double pairwise_lse_backward(const Pairs&, View g_rows, View g_columns, View rows, View columns,
                              View dq, View dk, bool need_scale, const Run&);
 
+// rows[i] as above, and mean[i] = sum_j exp(S[i, j] - rows[i]) k_j, 0 for an empty row: rows [N]
+// and mean [N, D], f32 (f64 for f64 inputs), contiguous.
+void pairwise_lse_mean(const Pairs&, View rows, View mean, const Run&);
+
 // The sum of softplus(S + bias) over the pairs, and its gradients with respect to scale and bias, 0
 // where they are not needed.
 struct SoftplusSum {

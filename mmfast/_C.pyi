@@ -54,6 +54,19 @@ def pairwise_lse_backward(
 ) -> float:
     """Write dq and dk, each unless None, and return d/dscale (0.0 if not asked for)."""
 
+def pairwise_lse_mean(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    mask: Tensor | None,
+    rows: Tensor,
+    mean: Tensor,
+    threads: int,
+) -> None:
+    """Write rows [N], and mean [N, D]: of k under the softmax of each row."""
+
 def pairwise_softplus(
     q: Tensor,
     k: Tensor,

@@ -233,7 +233,7 @@ def test_low_precision_stays_within_budget(dtype, compiled_backend):
 
 
 def test_no_matrix_is_made(compiled_backend, largest_tensor):
-    b, q, d = 256, 512, 32
+    b, q, d = 256, 512, 16
     rows, more = problem(b, q, d, dtype=torch.float32), ids(b, q, 200)
     with largest_tensor, saved_bytes(*rows) as saved:
         itc_loss(*rows, 0.1, 0.4, **more, backend=compiled_backend).backward()

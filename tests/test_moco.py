@@ -240,7 +240,7 @@ def test_no_matrix_is_made(loss, compiled_backend, largest_tensor):
             value = tagged_moco_loss(query, key, queue, positives, 0.1, **options)
         value.backward()
     # one bool for each pair would already be more
-    assert saved.bytes < n * q / 2
+    assert saved.bytes < n * q
     assert largest_tensor.bytes <= q * d * 4
 
 

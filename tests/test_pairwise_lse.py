@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast import pairwise_lse
-from mmfast.ops.pairwise_lse import reference, softmax_sum
+from mmfast.ops.pairwise_lse import reference
 from mmfast.testing import (
     Case,
     assert_within_budget,
@@ -186,7 +186,9 @@ def test_float_scale_keeps_double_precision(backend):
 
 
 class Seen(TorchDispatchMode):
-    """The arguments and results of every backward op inside the block."""
+    """The arguments and results of the backward op inside the block."""
+
+    needs = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -210,7 +212,9 @@ def test_only_asked_gradients(asked, backend):
             torch.testing.assert_close(made[name].grad, want, rtol=1e-4, atol=1e-4)
         else:
             assert made[name].grad is None
-    if backend != "eager":
+    if backend == "cpp" and "k" not in asked:
+        assert seen.needs is None  # made in the forward pass
+    elif backend != "eager":
         assert seen.needs == tuple(name in asked for name in ("q", "k", "scale"))
         full = {"q": made["q"].numel(), "k": made["k"].numel(), "scale": 1}
         assert seen.sizes == [full[name] if name in asked else 0 for name in full]
@@ -226,20 +230,6 @@ def test_memory_kept_for_backward_is_linear(compiled_backend):
     with saved_bytes(made["q"], made["k"], made["scale"]) as saved:
         rows, columns = pairwise_lse(**made, columns=True, backend=compiled_backend)
     assert saved.bytes == 4 * (len(rows) + len(columns))
-
-
-@pytest.mark.parametrize("left_out", [False, True])
-def test_softmax_sum_is_the_mean_of_keys(left_out, level_backend):
-    q, k = random_pair(9, 7, 5, dtype=widest(level_backend))
-    ids = {"q_ids": torch.arange(9) % 3, "k_ids": torch.arange(7) % 3} if left_out else {}
-    scale = torch.tensor(2.0, dtype=torch.float64)
-    rows = reference(q, k, scale, **ids)
-    (expected,) = torch.autograd.grad(rows.sum() / scale, q)
-    # larger sums, as over further keys, leave a part of the mean
-    more = torch.linspace(0, 9, 9, dtype=q.dtype)
-    got = softmax_sum(q, k, rows + more, scale, **ids, backend=level_backend)
-    torch.testing.assert_close(got, expected * (-more).exp().unsqueeze(1))
-    assert not got.requires_grad
 
 
 sizes = st.integers(1, 40)

@@ -21,6 +21,7 @@ namespace mmfast {
   void pairwise_lse_forward(const Pairs&, View, View, const Run&);                         \
   double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool,     \
                                const Run&);                                                \
+  void pairwise_lse_mean(const Pairs&, View, View, const Run&);                            \
   SoftplusSum pairwise_softplus(const Pairs&, double, View, View, bool, bool, const Run&); \
   void sample_negatives(const Pairs&, uint64_t, View, const Run&);                         \
   void fdt_pool_forward(const TokenPool&, View, View, View, const Run&);                   \
@@ -67,6 +68,7 @@ struct Level {
   bool (*runs)();
   decltype(&pairwise_lse_forward) forward;
   decltype(&pairwise_lse_backward) backward;
+  decltype(&pairwise_lse_mean) mean;
   decltype(&pairwise_softplus) softplus;
   decltype(&sample_negatives) draw;
   decltype(&fdt_pool_forward) pool;
@@ -81,14 +83,14 @@ struct Level {
   decltype(&multiply_add_rate) limit;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                                               \
-  Level {                                                                                \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                 \
-        level::pairwise_lse_backward, level::pairwise_softplus, level::sample_negatives, \
-        level::fdt_pool_forward, level::fdt_pool_backward, level::pairwise_stats,        \
-        level::pairwise_rank, level::slerp_forward, level::slerp_backward,               \
-        level::sparsemax_forward, level::sparsemax_backward, level::tile_rate,           \
-        level::multiply_add_rate                                                         \
+#define MMFAST_LEVEL_ROW(level, condition)                                                        \
+  Level {                                                                                         \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                          \
+        level::pairwise_lse_backward, level::pairwise_lse_mean, level::pairwise_softplus,         \
+        level::sample_negatives, level::fdt_pool_forward, level::fdt_pool_backward,               \
+        level::pairwise_stats, level::pairwise_rank, level::slerp_forward, level::slerp_backward, \
+        level::sparsemax_forward, level::sparsemax_backward, level::tile_rate,                    \
+        level::multiply_add_rate                                                                  \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -152,6 +154,10 @@ void pairwise_lse_forward(const Pairs& pairs, View rows, View columns, const Run
 double pairwise_lse_backward(const Pairs& pairs, View g_rows, View g_columns, View rows,
                              View columns, View dq, View dk, bool need_scale, const Run& run) {
   return current().backward(pairs, g_rows, g_columns, rows, columns, dq, dk, need_scale, run);
+}
+
+void pairwise_lse_mean(const Pairs& pairs, View rows, View mean, const Run& run) {
+  current().mean(pairs, rows, mean, run);
 }
 
 SoftplusSum pairwise_softplus(const Pairs& pairs, double bias, View dq, View dk, bool need_scale,

@@ -160,6 +160,12 @@ class Gradients {
     }
   }
 
+  // Multiplies what lanes of this one's team added to row j of dk.
+  void scale_k(long lane, long j, T factor) const {
+    T* sum = k_sum_.at(j, lane / groups_).data;
+    for (long d = 0; d < q_.cols; ++d) sum[d] *= factor;
+  }
+
   // Writes dq and dk. The scale's gradient is free here: sum_i <q_i, sum_j G_ij k_j>, or the same
   // from the side of k.
   double finish(double scale, bool need_scale, const Run& run) const {

@@ -9,6 +9,10 @@
 // to a guess at its maximum; where that would lose a row or a column it takes two, exactly.
 namespace mmfast::MMFAST_LEVEL {
 
+// bf16 results need no more of the exponential than their rounding shows
+template <class P>
+constexpr int kForwardDegree = P::kPack == 2 ? 4 : 5;
+
 // sums below this, relative to the strip's maximum, may have lost terms to underflow
 template <class T>
 constexpr T kFaint = sizeof(T) == 8 ? 0x1p-500 : 0x1p-64;
@@ -35,15 +39,19 @@ struct LogSums {
     store<T>(sum + i, load<T>(sum + i) * by0 + sum1 * by1);
   }
 
-  // log of the total of `copies` such sums that stand `stride` apart
-  double log(long i, long copies = 1, long stride = 0) const {
-    double best = top[i], total = 0;
-    for (long c = 1; c < copies; ++c) best = std::max<double>(best, top[i + c * stride]);
+  struct Total {
+    double top, sum;
+    double log() const { return (top + std::log2(sum)) * kLn2; }
+  };
+  // of `copies` such sums that stand `stride` apart
+  Total total(long i, long copies = 1, long stride = 0) const {
+    Total all{top[i], 0};
+    for (long c = 1; c < copies; ++c) all.top = std::max<double>(all.top, top[i + c * stride]);
     for (long c = 0; c < copies; ++c) {
       const double t = top[i + c * stride];
-      total += sum[i + c * stride] * (t == best ? 1 : std::exp2(t - best));
+      all.sum += sum[i + c * stride] * (t == all.top ? 1 : std::exp2(t - all.top));
     }
-    return (best + std::log2(total)) * kLn2;
+    return all;
   }
 };
 

@@ -13,9 +13,7 @@ namespace {
 template <class T>
 constexpr double kReach = sizeof(T) == 8 ? 400 : 57;
 
-// bf16 results need no more of the exponential than their rounding shows
-template <class P>
-constexpr int kForwardDegree = P::kPack == 2 ? 4 : 5;
+// as kForwardDegree: what the rounding of G shows
 template <class P>
 constexpr int kBackwardDegree = P::kPack == 2 ? 3 : 5;
 
@@ -57,7 +55,7 @@ void forward(const Pairs& pairs, const View& rows, const View& columns, const Ru
   const auto write = [&](const View& out, const LogSums<T>& state, long copies) {
     if (!out) return;
     Scores<P>::for_each_chunk(out.rows, run, [&](long begin, long end, int) {
-      for (long i = begin; i < end; ++i) out.at<T>(i) = T(state.log(i, copies, padded_M));
+      for (long i = begin; i < end; ++i) out.at<T>(i) = T(state.total(i, copies, padded_M).log());
     });
   };
   write(rows, row_state, 1);

@@ -19,6 +19,7 @@ struct Cut {
     if (n > 64 * kBlock) width = round_up((n + 63) / 64, kBlock);
     count = (n + width - 1) / width;
   }
+  Cut(long n, long wide) : size(n), width(wide), count((n + wide - 1) / wide) {}
   long begin(long i) const { return i * width; }
   long end(long i) const { return std::min(size, (i + 1) * width); }
 };

@@ -11,8 +11,8 @@ softmax of the teacher,
 
     loss_i = l_i + alpha <q_i, k_i - a_i> / temperature
 
-costs six products: three for the teacher (scores, scores again, a), three for the student. Further
-keys of a row's id share its onehot in the same way, by their mean.
+costs four products: scores and a mean of keys, for the teacher and for the student, whose gradient
+it is; on a GPU six. Further keys of a row's id share its onehot in the same way, by their mean.
 
 Source: Li et al., Align before Fuse: Vision and Language Representation Learning with Momentum
 Distillation, NeurIPS 2021, and its code, github.com/salesforce/ALBEF. The paper contrasts with the
@@ -41,7 +41,7 @@ from mmfast.losses._terms import (
 )
 from mmfast.losses.clip import info_nce
 from mmfast.ops._inputs import as_scale, check_tensor, type_name
-from mmfast.ops.pairwise_lse import pairwise_lse, softmax_sum
+from mmfast.ops.pairwise_lse import softmax_mean
 
 # as in torch and BERT
 NO_LABEL = -100
@@ -136,10 +136,11 @@ def _from_taught_mean(
         (key, {"q_ids": rows, "k_ids": rows, "backend": backend}),
         (queue, {"backend": backend}),
     ]
-    lse = [pairwise_lse(teacher, keys, scale, **options) for keys, options in parts]
-    off, own = log_sum_exp(torch.stack(lse), 0), row_scores(teacher, key, scale)
+    found = [softmax_mean(teacher, keys, scale, **options) for keys, options in parts]
+    off = log_sum_exp(torch.stack([rows for rows, _ in found]), 0)
+    own = row_scores(teacher, key, scale)
     total = own + softplus(off - own)
-    others = [softmax_sum(teacher, keys, total, scale, **options) for keys, options in parts]
+    others = [(rows - total).exp().unsqueeze(1) * mean for rows, mean in found]
     return torch.sigmoid(off - own).unsqueeze(1) * widen(key) - others[0] - others[1]
 
 

@@ -5,7 +5,8 @@ With s_ip = <q_i, k_p> / temperature, k_0 the own key and k_1 ... k_Q the queue,
     moco_loss_i        = -log( exp(s_i0) / sum over all p of exp(s_ip) )
     tagged_moco_loss_i = mean over positives p of -log( exp(s_ip) / denominator )
 
-Keys are constants, so moco_loss costs three products: the scores, the scores again, and dq.
+Keys are constants, so moco_loss costs two products, the scores and the mean of keys that dq is made
+of; on a GPU three.
 
 Sources: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020,
 and its code, github.com/facebookresearch/moco; Yuan et al., Multimodal Contrastive Training for
@@ -97,8 +98,8 @@ def tagged_moco_loss(
             loss of Khosla et al. 2020, or itself and the "negatives" alone. Which of them Yuan et
             al. used is not known.
 
-    Memory beside `positives` is O((N + Q) D). "all" costs four products, "negatives" seven: its
-    rows are scored in blocks of D, and once more in the backward pass.
+    Memory beside `positives` is O((N + Q) D). "all" costs three products, on a GPU four,
+    "negatives" seven: its rows are scored in blocks of D, and once more in the backward pass.
 
     Returns, Raises: as in `moco_loss`.
     """

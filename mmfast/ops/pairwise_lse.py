@@ -9,7 +9,12 @@ rows and h of the columns, and G_ij = g_i exp(s_ij - rows_i) + h_j exp(s_ij - co
 
     dq = scale * G k        dk = scale * G^T q        dscale = sum_ij G_ij <q_i, k_j>
 
-so the backward pass needs q, k and the two vectors, and visits the scores once more.
+so the backward pass needs q, k and the two vectors, and visits the scores once more. Where k is a
+constant and only rows are asked for, the mean of k under the softmax of each row is all of it:
+
+    dq = scale * g_i mean_i     dscale = sum_i g_i <q_i, mean_i>     mean_i = sum_j p_ij k_j
+
+"cpp" makes it in the forward pass, two products in all where "triton" takes three.
 """
 
 import math
@@ -127,6 +132,31 @@ def _cpp_backward(
     return dq, dk, torch.empty(0, dtype=scale.dtype)
 
 
+def _cpp_mean(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = SCORE_TYPE[q.dtype]
+    rows = torch.empty(q.shape[0], dtype=dtype)
+    mean = torch.empty(q.shape, dtype=dtype)
+    _dispatch.core.pairwise_lse_mean(
+        dense(q),
+        dense(k),
+        scale.item(),
+        None if q_ids is None else q_ids.contiguous(),
+        None if k_ids is None else k_ids.contiguous(),
+        mask,
+        rows,
+        mean,
+        torch.get_num_threads(),
+    )
+    return rows, mean
+
+
 def _fake_forward(
     q: Tensor, k: Tensor, scale: Tensor, q_ids: Any, k_ids: Any, mask: Any, columns: bool, _: str
 ) -> tuple[Tensor, Tensor]:
@@ -148,6 +178,11 @@ def _fake_backward(
     )
 
 
+def _fake_mean(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    dtype = SCORE_TYPE[q.dtype]
+    return q.new_empty(q.shape[0], dtype=dtype), q.new_empty(q.shape, dtype=dtype)
+
+
 def _triton_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     rows, columns = _dispatch.kernels("pairwise_lse").forward(*inputs)
     return rows, rows.new_empty(0) if columns is None else columns
@@ -160,6 +195,13 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         for x, gradient in zip(inputs[2:5], gradients, strict=True)
     )
     return dq, dk, dscale
+
+
+def _triton_mean(q: Tensor, k: Tensor, scale: Tensor, *left_out: Any) -> tuple[Tensor, Tensor]:
+    rows, none = _triton_forward(q, k, scale, *left_out, False)
+    ones, needs = torch.ones_like(rows), (True, False, False)
+    dq, _, _ = _triton_backward(ones, None, q, k, scale, *left_out, rows, none, *needs)
+    return rows, dq.to(rows.dtype) / scale
 
 
 BACKENDS = (
@@ -185,7 +227,25 @@ _backward = _dispatch.define(
 )
 
 
+_mean = _dispatch.define(
+    "pairwise_lse_mean(Tensor q, Tensor k, Tensor scale, Tensor? q_ids, Tensor? k_ids, "
+    "Tensor? mask, str backend) -> (Tensor, Tensor)",
+    _fake_mean,
+    {"cpp": _cpp_mean, "triton": _triton_mean},
+)
+
+
+def _gradients_of_mean(
+    g: Tensor, q: Tensor, scale: Tensor, mean: Tensor, need_q: bool, need_scale: bool, _: str
+) -> tuple[Tensor | None, Tensor | None]:
+    g = g.unsqueeze(1)
+    dq = (scale * g * mean).to(q.dtype) if need_q else None
+    dscale = (g * q * mean).sum(dtype=torch.float64).to(scale.dtype) if need_scale else None
+    return dq, dscale
+
+
 _gradients = _dispatch.once("pairwise_lse", _backward)
+_gradients_by_mean = _dispatch.once("pairwise_lse", _gradients_of_mean)
 
 
 class _PairwiseLSE(torch.autograd.Function):
@@ -244,6 +304,30 @@ class _EagerPairwiseLSE(torch.autograd.Function):
     backward = _PairwiseLSE.backward
 
 
+class _RowsByMean(torch.autograd.Function):
+    """Rows alone, of a constant k: forward makes the mean that backward needs in its place."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _mean(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        q, _, scale, *_, ctx.backend = inputs
+        _, mean = output
+        ctx.mark_non_differentiable(mean)
+        ctx.save_for_backward(q, scale, mean)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
+        if g is None:
+            return (None,) * 7
+        need_q, _, need_scale = ctx.needs_input_grad[:3]
+        dq, dscale = _gradients_by_mean(g, *ctx.saved_tensors, need_q, need_scale, ctx.backend)
+        return dq, None, dscale, *(None,) * 4
+
+
 @overload
 def pairwise_lse(
     q: Tensor,
@@ -299,8 +383,9 @@ def pairwise_lse(
     Returns:
         rows [N], or (rows [N], columns [M]) with `columns=True`; float64 for float64 inputs,
         float32 for the others. A row with every pair left out is -inf and has gradient 0.
-        Gradients flow to q, k and scale, and only those asked for are computed. Under autocast
-        q and k are cast as a matmul would cast them.
+        Gradients flow to q, k and scale, and only those asked for are computed; rows alone of a k
+        that needs none have "cpp" make them in the forward pass, so evaluate under torch.no_grad.
+        Under autocast q and k are cast as a matmul would cast them.
         Values inside tensors are not checked: NaN and infinities reach the rows and columns
         they belong to, and no others.
 
@@ -329,6 +414,12 @@ def pairwise_lse(
         k_ids = k_ids.view_as(k_ids) if k_ids is not None and k_ids is q_ids else k_ids
     transformed = _dispatch.transformed("pairwise_lse")
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or scale.requires_grad)
+    # a transform of torch.func may ask for the gradient of a k that does not say so
+    constant_k = not k.requires_grad and (not transformed or torch.compiler.is_compiling())
+    if learns and constant_k and not columns and name == "cpp":
+        by_mean: Any = _RowsByMean.apply
+        alone: Tensor = by_mean(q, k, scale, q_ids, k_ids, mask, name)[0]
+        return alone
     if transformed or learns or forward_ad._current_level >= 0:
         apply: Any = (_PairwiseLSE if transformed else _EagerPairwiseLSE).apply
     else:
@@ -337,43 +428,37 @@ def pairwise_lse(
     return (rows, sums) if columns else rows
 
 
-def softmax_sum(
+def softmax_mean(
     q: Tensor,
     k: Tensor,
-    rows: Tensor,
     scale: Tensor,
     *,
     q_ids: Tensor | None = None,
     k_ids: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
-    """sum_j exp(s_ij - rows_i) k_j over the pairs that are not left out, in O((N + M) * D) memory.
+) -> tuple[Tensor, Tensor]:
+    """The rows of `pairwise_lse`, and the mean of k under the softmax of each: constants.
 
-    With `rows` from `pairwise_lse` the mean of k under the softmax of each row; with the sums over
-    further keys, too, this part of it. A constant: no gradient flows, so that torch.compile traces
-    what `torch.func.grad` of `pairwise_lse` cannot there. For losses, which checked the arguments.
+    No gradient flows, so that torch.compile traces what `torch.func.grad` of `pairwise_lse` cannot
+    there. For losses, which checked the arguments.
 
     Args:
         q, k, q_ids, k_ids, backend: as in `pairwise_lse`.
-        rows: [N], at least the log-sum-exp of the row over k.
         scale: 0-dim.
 
     Returns:
-        [N, D], float64 for float64 inputs, else float32; rounded to the inputs' type on the way.
+        rows [N] and mean [N, D], float64 for float64 inputs, else float32; by "triton" the mean is
+        rounded to the inputs' type on the way. A row with every pair left out is -inf, its mean 0.
     """
-    q, k, rows, scale = q.detach(), k.detach(), rows.detach(), scale.detach()
+    q, k, scale = q.detach(), k.detach(), scale.detach()
     name = _dispatch.choose("pairwise_lse", backend, BACKENDS, q, k)
-    dtype = SCORE_TYPE[q.dtype]
-    if name == "eager":
-        wide = k.to(dtype)
-        with torch.autocast(q.device.type, enabled=False):
-            p = (scale * (q.to(dtype) @ wide.T) - rows.unsqueeze(1)).exp()
-            if q_ids is not None and k_ids is not None:
-                p = p.masked_fill(q_ids[:, None] == k_ids, 0.0)
-            return p @ wide
-    ones, none = torch.ones_like(rows), rows.new_empty(0)
-    dq, _, _ = _backward(
-        ones, None, q, k, scale, q_ids, k_ids, None, rows, none, True, False, False, name
-    )
-    total: Tensor = dq.to(dtype) / scale
-    return total
+    if name != "eager":
+        rows, mean = _mean(q, k, scale, q_ids, k_ids, None, name)
+        return rows, mean
+    wide = k.to(SCORE_TYPE[k.dtype])
+    with torch.autocast(q.device.type, enabled=False):
+        s = scale * (q.to(wide.dtype) @ wide.T)
+        keep = None if q_ids is None or k_ids is None else q_ids[:, None] != k_ids
+        rows = _lse(s, keep, dim=1)
+        p = (s - rows.unsqueeze(1)).exp()
+        return rows, (p if keep is None else p.masked_fill(~keep, 0.0)) @ wide

@@ -93,6 +93,28 @@ void check_once(int threads) {
           int(type), value(column_bytes, j), columns[j], largest);
   }
 
+  // rows alone, with the mean of k under the softmax of each
+  constexpr long kGuard = 64;
+  std::vector<char> again(N * size_of(wide)), mean_bytes(N * D * size_of(wide) + kGuard, 0x5a);
+  pairwise_lse_mean(pairs, vector_view(again, wide), {mean_bytes.data(), N, D, D, 1, wide},
+                    Run{threads, {}});
+  const double rough = type == Type::f64 ? 1e-11 : type == Type::bf16 ? 2e-2 : 1e-5 * largest;
+  double size = 0;
+  for (const double x : k.values) size = std::max(size, std::abs(x));
+  for (long i = 0; i < N; ++i) {
+    CHECK(close(value(again, i), rows[i], tolerance, largest), "row %ld: %g, not %g", i,
+          value(again, i), rows[i]);
+    for (long d = 0; d < D; ++d) {
+      double mean = 0;
+      for (long j = 0; j < M; ++j) {
+        if (s[i * M + j] > -kInf) mean += std::exp(s[i * M + j] - rows[i]) * k.values[j * D + d];
+      }
+      CHECK(close(value(mean_bytes, i * D + d), mean, rough, size),
+            "mean %ld of %ld x %ld x %ld, type %d: %g, not %g", i, N, M, D, int(type),
+            value(mean_bytes, i * D + d), mean);
+    }
+  }
+
   // gradients, each asked for or not
   const bool by_rows = integer(0, 2), by_columns = !by_rows || integer(0, 1);
   std::vector<char> g_row_bytes(N * size_of(wide)), g_column_bytes(M * size_of(wide));
@@ -126,7 +148,6 @@ void check_once(int threads) {
   for (const double x : dq) size_q = std::max(size_q, std::abs(x));
   for (const double x : dk) size_k = std::max(size_k, std::abs(x));
   const bool need_q = integer(0, 2), need_k = integer(0, 2), need_scale = integer(0, 2);
-  constexpr long kGuard = 64;
   std::vector<char> dq_bytes(N * D * size_of(type) + kGuard, 0x5a);
   std::vector<char> dk_bytes(M * D * size_of(type) + kGuard, 0x5a);
   const View none;
@@ -150,7 +171,9 @@ void check_once(int threads) {
         "scale %.9g, not %.9g (terms of %g); type %d, need %d %d; %ld x %ld x %ld", got, d_scale,
         size_scale, int(type), need_q, need_k, N, M, D);
   for (long i = 0; i < kGuard; ++i) {
-    CHECK(dq_bytes[dq_bytes.size() - 1 - i] == 0x5a && dk_bytes[dk_bytes.size() - 1 - i] == 0x5a);
+    for (const auto* bytes : {&dq_bytes, &dk_bytes, &mean_bytes}) {
+      CHECK((*bytes)[bytes->size() - 1 - i] == 0x5a);
+    }
   }
 }
 
