@@ -197,6 +197,7 @@ def triton_jobs(quick: bool) -> tuple[Job, ...]:
         *_rank_jobs(),
         *_stats_jobs(),
         *_pool_jobs(),
+        *_landscape_jobs(),
         *_slerp_jobs(),
     )
     return tuple(job for job in jobs if not (quick and job.slow))
@@ -444,6 +445,25 @@ def _stats_jobs() -> Iterator[Job]:
                     tensor_cores=kind != "ieee",
                     slow=what != "256 bins, one set" or kind != "half",
                 )
+
+
+def _landscape_jobs() -> Iterator[Job]:
+    from mmfast.kernels import shift_landscape as landscape
+
+    kernel = landscape.landscape_kernel
+    for (_, kind, arch), rows in landscape.TILES.items():
+        for largest, tile in rows:
+            D = min(largest, DEPTH)
+            yield Job(
+                f"shift_landscape, {kind}, D={D}",
+                kernel,
+                arch,
+                _types(kernel, kind, without=()),
+                landscape.constants(D, kind, tile),
+                tile=f"{tile.n}x{tile.m}x{tile.d}, {tile.warps} warps, {tile.stages} stages",
+                tensor_cores=kind != "ieee",
+                slow=kind != "half",
+            )
 
 
 def _slerp_jobs() -> Iterator[Job]:

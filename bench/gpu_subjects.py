@@ -20,7 +20,7 @@ from mmfast.ops import sample_negatives as sampling
 from mmfast.ops import slerp as spherical
 from mmfast.ops import sparsemax as projection
 from mmfast.ops._inputs import SCORE_TYPE
-from mmfast.testing import lse_magnitudes, pool_magnitudes, softplus_magnitudes
+from mmfast.testing import landscape_magnitude, lse_magnitudes, pool_magnitudes, softplus_magnitudes
 
 Inputs = dict[str, Any]
 Results = dict[str, Tensor]
@@ -211,6 +211,13 @@ def _slerp_magnitudes(
     return {name: _largest(x) + moved[name] / subject.eps(name, dtype) for name, x in exact.items()}
 
 
+def _landscape(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
+    """Losses in units of a cosine, whose rounding a cold temperature makes larger; distances."""
+    z = mmfast.shift_landscape(**inputs, backend=backend)
+    unit = z.temperatures.to(z.distance.dtype)
+    return z.image_to_text * unit, z.text_to_image * unit, z.distance
+
+
 def _largest(x: Tensor) -> float:
     finite = x.detach()[x.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
@@ -288,6 +295,18 @@ SUBJECTS = {
             {**inputs, "q": inputs["q"].flip(1), "k": inputs["k"].flip(1)}, sampling.reference
         ),
         magnitudes=_draw_magnitudes,
+        differentiable=False,
+    ),
+    "shift_landscape": Subject(
+        leaves=("x", "y"),
+        outputs=("image_to_text", "text_to_image", "distance"),
+        wide=("image_to_text", "text_to_image", "distance"),
+        run=_landscape,
+        definition=lambda inputs: _landscape(inputs, "eager"),
+        reordered=lambda inputs: _landscape(
+            {**inputs, "x": inputs["x"].flip(1), "y": inputs["y"].flip(1)}, "eager"
+        ),
+        magnitudes=lambda made, exact, *_: dict.fromkeys(exact, landscape_magnitude(**made)),
         differentiable=False,
     ),
     "slerp": Subject(

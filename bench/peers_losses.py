@@ -6,7 +6,7 @@ memory, logits in the type of the features. Sources are those of the mmfast func
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -160,6 +160,20 @@ def itc(
 
     of_image = toward(image, image_m, text_m, text_queue)
     return (of_image + toward(text, text_m, image_m, image_queue)) / 2
+
+
+def shift_landscape(
+    image: Tensor, text: Tensor, shifts: Sequence[float], temperatures: Sequence[float]
+) -> Tensor:
+    """The loop of the paper's code over one batch of all rows: [shifts, temperatures]."""
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    direction = F.normalize(image.mean(0) - text.mean(0), dim=0)
+    losses = []
+    for shift in shifts:
+        x = F.normalize(image - shift / 2 * direction, dim=1)
+        y = F.normalize(text + shift / 2 * direction, dim=1)
+        losses += [peers.dense_one_product(x, y, torch.tensor(1 / t)) for t in temperatures]
+    return torch.stack(losses).view(len(shifts), len(temperatures))
 
 
 def softmax_multinomial(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -26,6 +26,8 @@ BASELINE = {
     "ranks": "blocks",
     "fdt_few": "eager",
     "fdt_all": "eager",
+    "landscape": "one forward of clip_loss",
+    "landscape_loop": "published loop",
     **dict.fromkeys(LOSSES, "dense"),
 }
 TITLES = {
@@ -47,6 +49,8 @@ TITLES = {
     "sampling": "one negative a row: sample_negatives, and multinomial of a softmax",
     "statistics": "pairwise_stats of one set, and torch over blocks of rows",
     "ranks": "pairwise_rank, and torch over blocks of rows",
+    "landscape": "shift_landscape, 40 shifts by 3 temperatures, and one forward of clip_loss",
+    "landscape_loop": "shift_landscape and the published loop",
     "losses_memory": "memory of one cold call of each loss in a fresh process, queues of N",
 }
 HEADER = """# Results

@@ -124,6 +124,9 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
             )
             for mode, what, bound in (("fwd+bwd", "few", 4.5), ("bwd", "all", 3))
         ),
+        _at_most(
+            "landscape of 120 losses, float32: ≤ 8 forwards of one", _landscape(rows), 8, "forwards"
+        ),
     ]
 
 
@@ -263,6 +266,12 @@ def _sparsemax(rows: list[Row], peer: str) -> Figures:
         for bench in SPARSEMAX
         for ratio, where in _ratios(_select(rows, bench=bench, n=4096, d=16384), peer, "cpp")
     ]
+
+
+def _landscape(rows: list[Row]) -> Figures:
+    # on a matrix unit the products of bfloat16 cost nearly nothing, and the exponentials as ever
+    chosen = _select(rows, bench="landscape", dtype="float32")
+    return _ratios(chosen, "mmfast", "one forward of clip_loss")
 
 
 def _growth(rows: list[Row]) -> Figures:

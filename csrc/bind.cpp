@@ -286,6 +286,54 @@ void pairwise_rank(py::handle q, py::handle k, py::handle threshold, py::handle 
   });
 }
 
+// One side of shift_landscape.
+struct ShiftedArrays {
+  Array rows, inverse, offsets, factors;
+  mmfast::Shifted side;
+
+  ShiftedArrays(const std::string& name, py::handle rows_, py::handle inverse_, py::handle offsets_,
+                py::handle factors_)
+      : rows(rows_, name.c_str(), 2),
+        inverse(inverse_, (name + "_inverse").c_str(), 1),
+        offsets(offsets_, (name + "_offsets").c_str(), 2),
+        factors(factors_, (name + "_factors").c_str(), 2) {
+    side = {canonical(rows.view()), inverse.view(), offsets.view(), factors.view()};
+    const View& x = side.rows;
+    check(x.rows > 0 && x.cols > 0, name + " must be given, and not empty");
+    check(x.col_stride == 1, name + " must have inner stride 1");
+    if (x.type == Type::i64 || x.type == Type::b8) {
+      throw py::type_error(name + " must be of a floating type");
+    }
+    check(side.inverse && side.offsets && side.factors,
+          name + "_inverse, " + name + "_offsets and " + name + "_factors must be given");
+    check_vector(side.inverse, (name + "_inverse").c_str(), x.rows, wide(x.type));
+    View like = side.offsets;
+    like.cols = x.rows, like.type = wide(x.type);
+    check_matrix(side.offsets, (name + "_offsets").c_str(), like, false);
+    check_matrix(side.factors, (name + "_factors").c_str(), like, false);
+  }
+};
+
+void shift_landscape(py::handle x, py::handle x_inverse, py::handle x_offsets, py::handle x_factors,
+                     py::handle y, py::handle y_inverse, py::handle y_offsets, py::handle y_factors,
+                     const std::vector<double>& scales, long chunk, py::handle rows,
+                     py::handle columns, int threads) {
+  const ShiftedArrays a("x", x, x_inverse, x_offsets, x_factors),
+      b("y", y, y_inverse, y_offsets, y_factors);
+  check_matrix(b.side.rows, "y", a.side.rows, false);
+  check_matrix(b.side.offsets, "y_offsets", a.side.offsets, false);
+  check(!scales.empty() && chunk >= 1, "scales must not be empty, and chunk at least 1");
+  const Array r(rows, "rows", 2), c(columns, "columns", 2);
+  check(r.view() && c.view(), "rows and columns must be given");
+  View like = a.side.offsets;
+  like.rows *= long(scales.size());
+  check_matrix(r.view(), "rows", like, false);
+  check_matrix(c.view(), "columns", like, false);
+  released(threads, [&](const Run& run) {
+    mmfast::shift_landscape(a.side, b.side, scales, chunk, r.view(), c.view(), run);
+  });
+}
+
 void check_one_device(std::initializer_list<const Array*> arrays) {
   int device = -1;
   for (const Array* x : arrays) {
@@ -540,6 +588,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("pairwise_rank", &pairwise_rank, py::arg("q"), py::arg("k"), py::arg("threshold"),
         py::arg("q_ids"), py::arg("k_ids"), py::arg("largest"), py::arg("index"), py::arg("above"),
         py::arg("threads"));
+  m.def("shift_landscape", &shift_landscape, py::arg("x"), py::arg("x_inverse"),
+        py::arg("x_offsets"), py::arg("x_factors"), py::arg("y"), py::arg("y_inverse"),
+        py::arg("y_offsets"), py::arg("y_factors"), py::arg("scales"), py::arg("chunk"),
+        py::arg("rows"), py::arg("columns"), py::arg("threads"));
   m.def("slerp_forward", &slerp_forward, py::arg("a"), py::arg("b"), py::arg("lam"), py::arg("out"),
         py::arg("threads"));
   m.def("slerp_backward", &slerp_backward, py::arg("g"), py::arg("a"), py::arg("b"), py::arg("lam"),

@@ -1,5 +1,6 @@
 #pragma once
 #include <functional>
+#include <vector>
 
 #include "view.h"
 
@@ -97,6 +98,20 @@ PairStats pairwise_stats(View x, View y, View edges, double pivot, View counts, 
 // lowest j that has it; -inf and -1 where no product is above -inf. above[i] (int64) = how many
 // exceed threshold[i] (type of largest); 0 without one. No scale, no mask.
 void pairwise_rank(const Pairs&, View threshold, View largest, View index, View above, const Run&);
+
+// One side of the shifted cosines of all pairs: its rows [N, D]; one over their lengths [N]; for
+// each of L shifts what a row adds to a cosine and then multiplies it by [L, N]. The last three are
+// f32 (f64 for f64 rows).
+struct Shifted {
+  View rows, inverse, offsets, factors;
+};
+
+// With z[l, i, j] = (<x_i, y_j> / (|x_i| |y_j|) + x.offsets[l, i] + y.offsets[l, j]) *
+// x.factors[l, i] * y.factors[l, j] over the pairs of the same `chunk` rows: rows[l * T + t, i] =
+// log sum_{j != i} exp(scales[t] * z[l, i, j]), and columns [L * T, N] the same over i != j; scales
+// > 0.
+void shift_landscape(const Shifted& x, const Shifted& y, const std::vector<double>& scales,
+                     long chunk, View rows, View columns, const Run&);
 
 // out = k1 a + k2 b by rows, the weights by slerp.h from <a_i, b_i> and lam_i: a, b and out [N, D]
 // of one floating type, inner stride 1; lam [N] in the type of the arithmetic (f64 for f64 inputs,

@@ -154,6 +154,26 @@ def pairwise_rank(
 ) -> None:
     """Write, for each row of q [N, D], its largest product, the column and how many exceed."""
 
+def shift_landscape(
+    x: Tensor,
+    x_inverse: Tensor,
+    x_offsets: Tensor,
+    x_factors: Tensor,
+    y: Tensor,
+    y_inverse: Tensor,
+    y_offsets: Tensor,
+    y_factors: Tensor,
+    scales: list[float],
+    chunk: int,
+    rows: Tensor,
+    columns: Tensor,
+    threads: int,
+) -> None:
+    """Write rows and columns [L * T, N] for x and y [N, D], as mmfast.ops.shift_landscape says.
+
+    inverse: one over the lengths of the rows [N]. offsets, factors: [L, N].
+    """
+
 def slerp_forward(a: Tensor, b: Tensor, lam: Tensor, out: Tensor, threads: int) -> None:
     """Write out [N, D], the mix of the rows of a and b [N, D]; lam is [N], or [1] for all rows."""
 

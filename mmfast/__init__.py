@@ -23,6 +23,7 @@ from mmfast.ops.pairwise_rank import pairwise_rank
 from mmfast.ops.pairwise_softplus import pairwise_softplus
 from mmfast.ops.pairwise_stats import pairwise_stats
 from mmfast.ops.sample_negatives import sample_negatives
+from mmfast.ops.shift_landscape import Landscape, shift_landscape
 from mmfast.ops.slerp import slerp
 from mmfast.ops.sparsemax import sparsemax
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Landscape",
     "PairwiseStats",
     "alignment",
     "calibration_error",
@@ -85,6 +87,7 @@ __all__ = [
     "retrieval_calibration_error",
     "retrieval_recall",
     "sample_negatives",
+    "shift_landscape",
     "siglip_loss",
     "slerp",
     "sparsemax",

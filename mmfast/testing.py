@@ -206,7 +206,45 @@ class PoolCase:
         return made | {"temperature": temperature}
 
 
-AnyCase = Case | RowsCase | ScoresCase | PoolCase
+@dataclass(frozen=True)
+class GapCase:
+    """One problem of two modalities with a gap: x and y [N, D], and the reason it is there.
+
+    tags: as for `Case`. gap: how far the cones of x and y lie apart, beside noise of length 1.
+    options: what the call is given beside.
+    """
+
+    id: str
+    N: int
+    D: int
+    why: str
+    tags: tuple[str, ...] = ("full",)
+    shifts: tuple[float, ...] = (-1.5, 0.4)
+    temperatures: tuple[float, ...] = (1.0, 0.05)
+    gap: float = 1.0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, *, device: str = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Keyword arguments of the op; y is a slice of a wider buffer of NaN."""
+        random = torch.Generator().manual_seed(seed)
+        noise = torch.randn(3, self.N, self.D, generator=random, dtype=torch.float64) / self.D**0.5
+        cone = self.gap * torch.nn.functional.normalize(torch.ones(self.D).double(), dim=0)
+        lengths = torch.rand(self.N, 1, generator=random, dtype=torch.float64) + 0.5
+        wide = torch.full((self.N, self.D + 5), torch.nan, dtype=dtype, device=device)
+        y = wide[:, 3 : 3 + self.D]
+        y.copy_((noise[0] + noise[1] - cone) * lengths)
+        return {
+            "x": ((noise[0] + noise[2] + cone) * lengths).to(device, dtype),
+            "y": y,
+            "shifts": torch.tensor(self.shifts, dtype=torch.float64),
+            "temperatures": torch.tensor(self.temperatures, dtype=torch.float64),
+            **dict(self.options),
+        }
+
+
+AnyCase = Case | RowsCase | ScoresCase | PoolCase | GapCase
 _QUICK = ("quick", "full")
 
 CASES: dict[str, tuple[AnyCase, ...]] = {
@@ -277,6 +315,25 @@ CASES: dict[str, tuple[AnyCase, ...]] = {
              scale=1.0),
         Case("sorted", 260, 130, 16, "ids in order: whole tiles left out, others untouched",
              left_out=("sorted",)),
+    ),
+    "shift_landscape": (
+        GapCase("single", 1, 4, "the smallest problem there is: losses are 0", _QUICK),
+        GapCase("ragged", 129, 96, "one row more than whole tiles", _QUICK),
+        GapCase("chunks", 70, 13, "chunks, the last of them short; D fits no vector", _QUICK,
+                options=(("chunk", 30),)),
+        GapCase("many_lanes", 260, 32, "several blocks both ways, merged in a fixed order"),
+        GapCase("half_lanes", 250, 24, "two long chunks on several threads",
+                options=(("chunk", 125),)),
+        GapCase("shared", 60, 24, "scales that add up: powers are shared",
+                temperatures=(1 / 50, 1 / 30, 1 / 20, 1 / 10, 1.0)),
+        GapCase("cold", 130, 24, "cosines over the whole range at 1/500: one maximum loses rows",
+                _QUICK, temperatures=(0.01, 0.002), gap=0.3),
+        GapCase("apart", 100, 24, "shifts that leave both sides in a point each",
+                shifts=(-5.0, 4.75)),
+        GapCase("paper", 100, 24, "the gap itself and not its unit vector", gap=0.5,
+                options=(("convention", "paper"),)),
+        GapCase("x_alone", 40, 24, "one side moves", options=(("sides", "x"),)),
+        GapCase("y_alone", 40, 24, "the other one does", options=(("sides", "y"),)),
     ),
     "slerp": (
         # rows of length one and width one would all be parallel or antipodal
@@ -487,6 +544,25 @@ def pool_magnitudes(
         "dcodebook": float(d_codes.max()),
         "dtemperature": float((d_tokens * tokens).sum()) / float(made["temperature"]),
     }
+
+
+@torch.no_grad()
+def landscape_magnitude(
+    x: Tensor, y: Tensor, shifts: Tensor, temperatures: Tensor, **options: Any
+) -> float:
+    """The same of shift_landscape for losses times their temperatures, in float64.
+
+    What a side's rows are rounded by grows with the shift and as they come near 0.
+    """
+    u, v = (side / side.norm(dim=1, keepdim=True) for side in (x, y))
+    gap = u.mean(0) - v.mean(0)
+    size = 1.0
+    for shift in shifts:
+        step = shift * gap / gap.norm()
+        nearest = [float((u - f * step).norm(dim=1).min()) for f in (0, 0.5, 1)]
+        nearest += [float((v + f * step).norm(dim=1).min()) for f in (0, 0.5, 1)]
+        size = max(size, float(1 + shift.abs()) ** 2 / min(*nearest, 1.0))
+    return size + float(temperatures.max()) * (1 + math.log(len(x)))
 
 
 def assert_within_budget(

@@ -208,6 +208,40 @@ def test_pairwise_rank_refuses(changes, error, message):
         core.pairwise_rank(**{**given, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": None}, ValueError, "x must be given, and not empty"),
+        ({"y": torch.ones(0, 3)}, ValueError, "y must be given, and not empty"),
+        ({"x": torch.ones(3, 4).T}, ValueError, "x must have inner stride 1"),
+        ({"y": torch.ones(4, 3).long()}, TypeError, "y must be of a floating type"),
+        ({"x_offsets": None}, ValueError, "x_inverse, x_offsets and x_factors must be given"),
+        ({"x_inverse": torch.ones(5)}, ValueError, "x_inverse must have 4 elements, got 5"),
+        ({"x_offsets": torch.ones(2, 5)}, ValueError, r"x_offsets must be \[2, 4\], got \[2, 5\]"),
+        ({"y_factors": torch.ones(3, 4)}, ValueError, r"y_factors must be \[2, 4\], got \[3, 4\]"),
+        ({"y": torch.ones(4, 2)}, ValueError, r"y must be \[4, 3\], got \[4, 2\]"),
+        ({"y_offsets": torch.ones(1, 4), "y_factors": torch.ones(1, 4)}, ValueError,
+         r"y_offsets must be \[2, 4\], got \[1, 4\]"),
+        ({"scales": []}, ValueError, "scales must not be empty, and chunk at least 1"),
+        ({"chunk": 0}, ValueError, "scales must not be empty, and chunk at least 1"),
+        ({"rows": None}, ValueError, "rows and columns must be given"),
+        ({"columns": torch.empty(4, 4)}, ValueError, r"columns must be \[2, 4\], got \[4, 4\]"),
+        ({"rows": torch.empty(2, 4).double()}, TypeError, "rows has the wrong element type"),
+    ],
+)  # fmt: skip
+def test_shift_landscape_refuses(changes, error, message):
+    given = {"scales": [1.0], "chunk": 4, "threads": 1}
+    for side in "xy":
+        given |= {side: torch.ones(4, 3), f"{side}_inverse": torch.ones(4)}
+        given |= {f"{side}_offsets": torch.zeros(2, 4), f"{side}_factors": torch.ones(2, 4)}
+    given |= {"rows": torch.empty(2, 4), "columns": torch.empty(2, 4)}
+    core.shift_landscape(**given)
+    # three scores of 3
+    assert given["rows"].tolist() == [pytest.approx([3 + math.log(3)] * 4)] * 2
+    with pytest.raises(error, match=message):
+        core.shift_landscape(**{**given, **changes})
+
+
 def test_rates_are_positive():
     assert core.multiply_add_rate(0.001, 1) > 0
     with pytest.raises(ValueError, match="threads must be at least 1"):

@@ -16,25 +16,27 @@
 // The table of instruction sets and the calls that go through it.
 namespace mmfast {
 
-#define MMFAST_DECLARE(level)                                                              \
-  namespace level {                                                                        \
-  void pairwise_lse_forward(const Pairs&, View, View, const Run&);                         \
-  double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool,     \
-                               const Run&);                                                \
-  void pairwise_lse_mean(const Pairs&, View, View, const Run&);                            \
-  SoftplusSum pairwise_softplus(const Pairs&, double, View, View, bool, bool, const Run&); \
-  void sample_negatives(const Pairs&, uint64_t, View, const Run&);                         \
-  void fdt_pool_forward(const TokenPool&, View, View, View, const Run&);                   \
-  double fdt_pool_backward(const TokenPool&, View, View, View, View, View, View, bool,     \
-                           const Run&);                                                    \
-  PairStats pairwise_stats(View, View, View, double, View, const Run&);                    \
-  void pairwise_rank(const Pairs&, View, View, View, View, const Run&);                    \
-  void slerp_forward(View, View, View, View, const Run&);                                  \
-  void slerp_backward(View, View, View, View, View, View, View, const Run&);               \
-  void sparsemax_forward(View, View, const Run&);                                          \
-  void sparsemax_backward(View, View, View, const Run&);                                   \
-  double tile_rate(Type, double, int);                                                     \
-  double multiply_add_rate(double, int);                                                   \
+#define MMFAST_DECLARE(level)                                                                  \
+  namespace level {                                                                            \
+  void pairwise_lse_forward(const Pairs&, View, View, const Run&);                             \
+  double pairwise_lse_backward(const Pairs&, View, View, View, View, View, View, bool,         \
+                               const Run&);                                                    \
+  void pairwise_lse_mean(const Pairs&, View, View, const Run&);                                \
+  SoftplusSum pairwise_softplus(const Pairs&, double, View, View, bool, bool, const Run&);     \
+  void sample_negatives(const Pairs&, uint64_t, View, const Run&);                             \
+  void fdt_pool_forward(const TokenPool&, View, View, View, const Run&);                       \
+  double fdt_pool_backward(const TokenPool&, View, View, View, View, View, View, bool,         \
+                           const Run&);                                                        \
+  PairStats pairwise_stats(View, View, View, double, View, const Run&);                        \
+  void pairwise_rank(const Pairs&, View, View, View, View, const Run&);                        \
+  void shift_landscape(const Shifted&, const Shifted&, const std::vector<double>&, long, View, \
+                       View, const Run&);                                                      \
+  void slerp_forward(View, View, View, View, const Run&);                                      \
+  void slerp_backward(View, View, View, View, View, View, View, const Run&);                   \
+  void sparsemax_forward(View, View, const Run&);                                              \
+  void sparsemax_backward(View, View, View, const Run&);                                       \
+  double tile_rate(Type, double, int);                                                         \
+  double multiply_add_rate(double, int);                                                       \
   }
 MMFAST_DECLARE(generic)
 #if defined(__x86_64__)
@@ -75,6 +77,7 @@ struct Level {
   decltype(&fdt_pool_backward) pool_backward;
   decltype(&pairwise_stats) stats;
   decltype(&pairwise_rank) rank;
+  decltype(&shift_landscape) landscape;
   decltype(&slerp_forward) mix;
   decltype(&slerp_backward) mix_backward;
   decltype(&sparsemax_forward) project;
@@ -83,14 +86,14 @@ struct Level {
   decltype(&multiply_add_rate) limit;
 };
 
-#define MMFAST_LEVEL_ROW(level, condition)                                                        \
-  Level {                                                                                         \
-    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                          \
-        level::pairwise_lse_backward, level::pairwise_lse_mean, level::pairwise_softplus,         \
-        level::sample_negatives, level::fdt_pool_forward, level::fdt_pool_backward,               \
-        level::pairwise_stats, level::pairwise_rank, level::slerp_forward, level::slerp_backward, \
-        level::sparsemax_forward, level::sparsemax_backward, level::tile_rate,                    \
-        level::multiply_add_rate                                                                  \
+#define MMFAST_LEVEL_ROW(level, condition)                                                         \
+  Level {                                                                                          \
+    #level, [] { return bool(condition); }, level::pairwise_lse_forward,                           \
+        level::pairwise_lse_backward, level::pairwise_lse_mean, level::pairwise_softplus,          \
+        level::sample_negatives, level::fdt_pool_forward, level::fdt_pool_backward,                \
+        level::pairwise_stats, level::pairwise_rank, level::shift_landscape, level::slerp_forward, \
+        level::slerp_backward, level::sparsemax_forward, level::sparsemax_backward,                \
+        level::tile_rate, level::multiply_add_rate                                                 \
   }
 const Level kLevels[] = {
     MMFAST_LEVEL_ROW(generic, true),
@@ -188,6 +191,11 @@ PairStats pairwise_stats(View x, View y, View edges, double pivot, View counts, 
 void pairwise_rank(const Pairs& pairs, View threshold, View largest, View index, View above,
                    const Run& run) {
   current().rank(pairs, threshold, largest, index, above, run);
+}
+
+void shift_landscape(const Shifted& x, const Shifted& y, const std::vector<double>& scales,
+                     long chunk, View rows, View columns, const Run& run) {
+  current().landscape(x, y, scales, chunk, rows, columns, run);
 }
 
 void slerp_forward(View a, View b, View lam, View out, const Run& run) {

@@ -55,6 +55,57 @@ struct LogSums {
   }
 };
 
+// Adds one strip of scores, [round_up(count, kWidth), kTileCols] with -inf behind `count` and
+// `cols`, with a maximum for every row and every column. True if one for all of them would have
+// done.
+template <int kDegree, class T>
+bool add_exactly(const T* scores, long count, long cols, LogSums<T>& rows, long i,
+                 LogSums<T>* columns, long column) {
+  constexpr long kRows = kWidth<T>, kCols = kTileCols<T>;
+  const long whole = round_up(count, kRows);
+  const auto score = [&](long r, int v) { return load<T>(scores + r * kCols + v * kRows); };
+  const auto power = [](Vec<T> x, Vec<T> top) {
+    return exp2<kDegree, T>(select<T>(x == top, Vec<T>{}, x - top));
+  };
+  // a row of -inf alone: subtract 0, so exp never sees inf - inf
+  const auto base = [](Vec<T> top) { return select<T>(top == -kInf<T>, Vec<T>{}, top); };
+  Vec<T> best[kTileVectors], sums[kTileVectors] = {};
+  T highest = -kInf<T>, lowest = kInf<T>;
+  for (int v = 0; v < kTileVectors; ++v) best[v] = broadcast(-kInf<T>);
+  for (long r0 = 0; r0 < whole; r0 += kRows) {
+    Vec<T> tops = {}, row[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      Vec<T> top = broadcast(-kInf<T>);
+      for (int v = 0; v < kTileVectors; ++v) {
+        top = larger<T>(score(r0 + r, v), top);
+        best[v] = larger<T>(score(r0 + r, v), best[v]);
+      }
+      tops[r] = largest_lane<T>(top);
+      if (r0 + r < count) {
+        highest = std::max(highest, tops[r]);
+        lowest = std::min(lowest, tops[r]);
+      }
+      row[r] = Vec<T>{};
+      for (int v = 0; v < kTileVectors; ++v) {
+        row[r] += power(score(r0 + r, v), base(broadcast<T>(tops[r])));
+      }
+    }
+    rows.template add<kDegree>(i + r0, tops, sums_of<T>(row));
+  }
+  if (columns) {
+    for (long r = 0; r < count; ++r) {
+      for (int v = 0; v < kTileVectors; ++v) sums[v] += power(score(r, v), base(best[v]));
+    }
+    for (int v = 0; v < kTileVectors; ++v) {
+      columns->template add<kDegree>(column + v * kRows, best[v], sums[v]);
+    }
+  }
+  for (long c = 0; c < cols; ++c) {
+    lowest = std::min(lowest, best[c / kRows][c % kRows]);
+  }
+  return highest - lowest <= -std::log2(kFaint<T>);
+}
+
 // One strip of scores, at most kBlock x kTileCols, reduced to sums over its rows and its columns.
 template <class P, int kDegree>
 class Strip {
@@ -113,47 +164,8 @@ class Strip {
     if (left_out.meets(i, count, j)) left_out.put(-kInf<T>, {scores_, kCols}, i, count, j);
     std::fill(scores_ + count * kCols, scores_ + whole * kCols, -kInf<T>);
 
-    const auto score = [&](long r, int v) { return load<T>(scores_ + r * kCols + v * kRows); };
-    const auto power = [](Vec<T> x, Vec<T> top) {
-      return exp2<kDegree, T>(select<T>(x == top, Vec<T>{}, x - top));
-    };
-    // a row of -inf alone: subtract 0, so exp never sees inf - inf
-    const auto base = [](Vec<T> top) { return select<T>(top == -kInf<T>, Vec<T>{}, top); };
-    Vec<T> best[kTileVectors], sums[kTileVectors] = {};
-    T highest = -kInf<T>, lowest = kInf<T>;
-    for (int v = 0; v < kTileVectors; ++v) best[v] = broadcast(-kInf<T>);
-    for (long r0 = 0; r0 < whole; r0 += kRows) {
-      Vec<T> tops = {}, row[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        Vec<T> top = broadcast(-kInf<T>);
-        for (int v = 0; v < kTileVectors; ++v) {
-          top = larger<T>(score(r0 + r, v), top);
-          best[v] = larger<T>(score(r0 + r, v), best[v]);
-        }
-        tops[r] = largest_lane<T>(top);
-        if (r0 + r < count) {
-          highest = std::max(highest, tops[r]);
-          lowest = std::min(lowest, tops[r]);
-        }
-        row[r] = Vec<T>{};
-        for (int v = 0; v < kTileVectors; ++v) {
-          row[r] += power(score(r0 + r, v), base(broadcast<T>(tops[r])));
-        }
-      }
-      rows.template add<kDegree>(i + r0, tops, sums_of<T>(row));
-    }
-    if (columns) {
-      for (long r = 0; r < count; ++r) {
-        for (int v = 0; v < kTileVectors; ++v) sums[v] += power(score(r, v), base(best[v]));
-      }
-      for (int v = 0; v < kTileVectors; ++v) {
-        columns->template add<kDegree>(column + v * kRows, best[v], sums[v]);
-      }
-    }
-    for (long c = 0; c < std::min(kCols, scores.columns - j); ++c) {
-      lowest = std::min(lowest, best[c / kRows][c % kRows]);
-    }
-    return highest - lowest <= -std::log2(kFaint<T>);
+    return add_exactly<kDegree>(scores_, count, std::min(kCols, scores.columns - j), rows, i,
+                                columns, column);
   }
 
  private:

@@ -7,6 +7,7 @@ from mmfast.ops import pairwise_rank as _pairwise_rank
 from mmfast.ops import pairwise_softplus as _pairwise_softplus
 from mmfast.ops import pairwise_stats as _pairwise_stats
 from mmfast.ops import sample_negatives as _sample_negatives
+from mmfast.ops import shift_landscape as _shift_landscape
 from mmfast.ops import slerp as _slerp
 from mmfast.ops import sparsemax as _sparsemax
 
@@ -18,6 +19,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "pairwise_softplus": _pairwise_softplus.BACKENDS,
     "pairwise_stats": _pairwise_stats.BACKENDS,
     "sample_negatives": _sample_negatives.BACKENDS,
+    "shift_landscape": _shift_landscape.BACKENDS,
     "slerp": _slerp.BACKENDS,
     "sparsemax": _sparsemax.BACKENDS,
 }
