@@ -65,7 +65,12 @@ def test_arguments_that_fit():
         ({"k": torch.ones(0, 3)}, ValueError, "q and k must be given, and not empty"),
         ({"q": torch.ones(3, 4).T}, ValueError, "q and k must have inner stride 1"),
         ({"k": torch.ones(5, 3).double()}, TypeError, "q and k must share one floating type"),
-        ({"q": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "q: this element type is not"),
+        (
+            {"q": torch.ones(4, 3, dtype=torch.int32)},
+            TypeError,
+            "q and k must share one floating type",
+        ),
+        ({"q": torch.ones(4, 3, dtype=torch.int16)}, TypeError, "q: this element type is not"),
         ({"q_ids": torch.arange(4)}, ValueError, "q_ids and k_ids must be given together"),
         (
             {"q_ids": torch.arange(3), "k_ids": torch.arange(5)},
