@@ -94,6 +94,8 @@ class Towers(nn.Module):
 class OverCodes(nn.Module):
     """The towers, and their tokens pooled over a codebook that both modalities share."""
 
+    learning_rate = 1e-3
+
     def __init__(self, vocabulary: Vocabulary, steps: int):
         super().__init__()
         self.towers = Towers(len(vocabulary.words), vocabulary.longest)
