@@ -77,14 +77,16 @@ class Race:
     `make` builds the contenders, the first of them the baseline; a contender may be given as an
     `Unavailable`. `seconds` is about what all rounds together may take, within `rounds` (least,
     most). With `dtype`, every contender's outputs must agree with the baseline's before anything
-    is timed. `probe(threads)` measures the peak once per round, beside the contenders. Without
-    `warm_up` every call is timed and none is weighed; each contender then says its `number`.
+    is timed, within `tolerance` or that of the type. `probe(threads)` measures the peak once per
+    round, beside the contenders. Without `warm_up` every call is timed and none is weighed; each
+    contender then says its `number`.
     """
 
     make: Callable[[], Mapping[Any, Contender | Unavailable]]
     seconds: float
     rounds: tuple[int, int] = (5, 30)
     dtype: str | None = None
+    tolerance: float | None = None
     probe: Callable[[int], Rates] | None = None
     warm_up: bool = True
 
@@ -110,7 +112,7 @@ def run_race(race: Race, clock: Clock = time.perf_counter) -> RaceResult:
         numbers[name] = contender.number or max(1, math.ceil(SAMPLE / once))
         if race.dtype is not None:
             baseline = outputs if baseline is None else baseline
-            check_agreement(name, outputs, baseline, TOLERANCE[race.dtype])
+            check_agreement(name, outputs, baseline, race.tolerance or TOLERANCE[race.dtype])
 
     thread_counts = sorted({_thread_count(c) for c in contenders.values()})
     readings: dict[int, list[Rates]] = {threads: [] for threads in thread_counts}
