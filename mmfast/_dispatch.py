@@ -225,3 +225,22 @@ def once(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
     apply: Any = Once.apply
     return lambda *inputs: (apply if torch.is_grad_enabled() else run)(*inputs)
+
+
+def without_binding(function: Any) -> Any:
+    """`function`, an autograd Function with setup_context, for calls that nothing transforms.
+
+    That form binds its arguments at every call. After a forward has turned over the caches it costs
+    0.13 ms, 1 % of one of pairwise_lse at N=2048.
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function.forward(*inputs)
+            function.setup_context(ctx, inputs, output)
+            return output
+
+        backward = function.backward
+
+    return Eager

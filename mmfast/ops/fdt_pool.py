@@ -386,16 +386,7 @@ class _FDTPool(torch.autograd.Function):
         return (*asked, *(None,) * 4)
 
 
-class _EagerFDTPool(torch.autograd.Function):
-    """The same without the binding of arguments that the other form does at every call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
-        _FDTPool.setup_context(ctx, inputs, output)
-        return output
-
-    backward = _FDTPool.backward
+_EagerFDTPool = _dispatch.without_binding(_FDTPool)
 
 
 def fdt_pool(

@@ -172,16 +172,7 @@ class _PairwiseSoftplus(torch.autograd.Function):
         return *(x if need else None for x, need in zip(made, needs, strict=True)), *(None,) * 7
 
 
-class _EagerPairwiseSoftplus(torch.autograd.Function):
-    """The same without the binding of arguments that the other form does at every call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
-        _PairwiseSoftplus.setup_context(ctx, inputs, output)
-        return output
-
-    backward = _PairwiseSoftplus.backward
+_EagerPairwiseSoftplus = _dispatch.without_binding(_PairwiseSoftplus)
 
 
 def pairwise_softplus(

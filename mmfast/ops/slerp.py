@@ -209,16 +209,7 @@ class _Slerp(torch.autograd.Function):
         )
 
 
-class _EagerSlerp(torch.autograd.Function):
-    """The same without the binding of arguments that the other form does at every call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
-        _Slerp.setup_context(ctx, inputs, output)
-        return output
-
-    backward = _Slerp.backward
+_EagerSlerp = _dispatch.without_binding(_Slerp)
 
 
 def _check_rows(a: Tensor, b: Tensor) -> None:

@@ -143,16 +143,7 @@ class _Sparsemax(torch.autograd.Function):
         return _gradient(g, p, ctx.backend), None
 
 
-class _EagerSparsemax(torch.autograd.Function):
-    """The same without the binding of arguments that the other form does at every call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
-        _Sparsemax.setup_context(ctx, inputs, output)
-        return output
-
-    backward = _Sparsemax.backward
+_EagerSparsemax = _dispatch.without_binding(_Sparsemax)
 
 
 def _check(x: Tensor, dim: int) -> None:
