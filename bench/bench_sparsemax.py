@@ -14,11 +14,11 @@ import mmfast
 from bench import machine
 from bench.measure import QUICK, Contender, Race, Unavailable
 
-# rows, entries of a row: a batch over the codebook of FDT, a large one, the classes of a classifier
-SIZES = ((32, 128),) if QUICK else ((64, 16384), (4096, 16384), (4096, 256))
 DTYPES = ("float32", "bfloat16")
 # standard deviations of scores; with a temperature of 1000, as FDT is trained, supports are dense
 SPREADS = {"peaked": 5.0, "partial": 1e-3, "dense": 1e-5}
+# rows, entries of a row: a batch over the codebook of FDT, a large one, the classes of a classifier
+SIZES = ((32, 128),) if QUICK else ((64, 16384), (4096, 16384), (4096, 256))
 # matrices that are read or written at least
 MOVED = {"fwd": 2, "fwd+bwd": 5}
 CONTENDERS = ("sorting", "entmax, top-k", "entmax, sorting", "sparsemax package", "cpp")
@@ -35,7 +35,7 @@ def bench_sparsemax(
     race = Race(
         lambda: {name: _contender(name, mode, dtype, scores, n, d) for name in CONTENDERS},
         seconds=0.1 if QUICK else 4,
-        rounds=(1, 1) if QUICK else (2, 20),
+        rounds=(1, 1) if QUICK else (3, 20),
         dtype=dtype,
     )
     # a table for each kind of scores

@@ -80,8 +80,8 @@ def test_warm_up_is_not_timed_and_short_calls_are_repeated():
     time = FakeTime()
     race = Race(lambda: {"a": time.contender("a", 0.005, 0.001)}, seconds=0, rounds=(3, 3))
     timings, _ = run_race(race, time)
-    # the first call took 5 ms: as many such calls as fill a sample
-    assert time.log == ["a"] * (1 + 3 * math.ceil(SAMPLE / 0.005))
+    # the first call took 5 ms: as many such calls as fill a sample, after one that is not timed
+    assert time.log == ["a"] * (1 + 3 * (1 + math.ceil(SAMPLE / 0.005)))
     assert timings["a"].seconds == pytest.approx([0.001] * 3)
 
 
