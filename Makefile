@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 
-.PHONY: demo test test-python test-cpp test-slow bench bench-gpu codegen lint format aarch64 dist clean
+.PHONY: demo test test-python test-cpp test-slow bench bench-gpu codegen lint format aarch64 dist test-dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/emoji/train.py
@@ -67,9 +67,19 @@ aarch64: $(READY)
 	    echo qemu: $$t; qemu-aarch64-static -L /usr/aarch64-linux-gnu $$t || exit 1; done; \
 	else echo "compiled; not run: qemu-aarch64-static is not installed"; fi
 
+# sdist, and from it a wheel whose OpenMP runtime stays torch's own
 dist: $(READY)
-	$(BIN)/pip install -q build
+	rm -rf dist
 	$(BIN)/python -m build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/twine check --strict dist/*
+
+# the wheel in an environment of its own, with nothing to compile by
+test-dist: dist
+	$(PYTHON) -m venv --clear build/installed
+	build/installed/bin/pip install -q $$(grep '^torch==' requirements-dev.txt) dist/*.whl
+	cd build/installed && PATH=$(abspath build/installed/bin) bin/python -I $(abspath tests/smoke.py)
 
 $(READY): requirements-dev.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
