@@ -5,9 +5,10 @@ hands the name down as a string; nothing below looks at devices or at the enviro
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -30,7 +31,23 @@ except ModuleNotFoundError as error:
 
 # without a card Triton's kernels run on CPU tensors in its interpreter, slowly: for tests
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_HAS_TRITON = find_spec("triton") is not None
+
+
+def _why_no_triton() -> str | None:
+    """Why no kernel of Triton's can run, told without importing it."""
+    if find_spec("triton") is None:
+        return 'triton is not installed (pip install "mmfast[triton]")'
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        # a build under another name, which comes with its torch
+        return None
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 6):
+        return f"its kernels need triton 3.6 or newer, and {version} is installed"
+    return None
+
+
+_no_triton = _why_no_triton()
 
 _library: Any = torch.library.Library("mmfast", "DEF")  # type: ignore[no-untyped-call]
 _warned: set[str] = set()
@@ -74,8 +91,8 @@ def cuda_missing(*inputs: Tensor) -> str | None:
 
 def triton_missing(*inputs: Tensor) -> str | None:
     """`why_not` of every Triton kernel: also refuses float64, which none of them takes."""
-    if not _HAS_TRITON:
-        return 'triton is not installed (pip install "mmfast[triton]")'
+    if _no_triton is not None:
+        return _no_triton
     if inputs[0].dtype == torch.float64:
         return "its kernels compute in float32, and the input is float64"
     return None if INTERPRETED else _too_old(inputs[0])

@@ -82,13 +82,37 @@ def test_the_interpreter_runs_by_name_only():
 
 
 def test_reasons_of_triton(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "_no_triton", None)
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
     assert _dispatch.triton_missing(X) is None
     expected = "its kernels compute in float32, and the input is float64"
     assert _dispatch.triton_missing(X.double()) == expected
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
-    assert _dispatch.triton_missing(X) == 'triton is not installed (pip install "mmfast[triton]")'
+    monkeypatch.setattr(_dispatch, "_no_triton", "the kernels are away")
+    assert _dispatch.triton_missing(X) == "the kernels are away"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.6.0", None),
+        ("3.10.1+git12", None),
+        ("3.2.0", "its kernels need triton 3.6 or newer, and 3.2.0 is installed"),
+        (None, 'triton is not installed (pip install "mmfast[triton]")'),
+    ],
+)
+def test_the_triton_that_is_installed(monkeypatch, version, reason):
+    monkeypatch.setattr(_dispatch, "find_spec", lambda name: version and object())
+    monkeypatch.setattr(_dispatch.metadata, "version", lambda name: version)
+    assert _dispatch._why_no_triton() == reason
+
+
+def test_a_triton_of_unknown_version_may_run(monkeypatch):
+    def unknown(name):
+        raise _dispatch.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(_dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(_dispatch.metadata, "version", unknown)
+    assert _dispatch._why_no_triton() is None
 
 
 class OnCard:
@@ -102,7 +126,7 @@ class OnCard:
 
 
 def test_reasons_of_a_card(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "_no_triton", None)
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     monkeypatch.setattr(_dispatch, "core_error", None)
     core = SimpleNamespace(build_info=lambda: {"cuda": "13.0 for 80, 90a, 100a"})
