@@ -39,12 +39,14 @@ if TYPE_CHECKING:
         mismatch_simulation,
         mlp_cone,
         modality_gap,
+        open_rows,
         procrustes,
         relative_alignment,
         retrieval_calibration_error,
         retrieval_recall,
         uniformity,
     )
+    from mmfast.gap.survey import survey
 
 __version__ = "0.1.0"
 
@@ -78,6 +80,7 @@ __all__ = [
     "moco_loss",
     "modality_gap",
     "nn",
+    "open_rows",
     "pairwise_lse",
     "pairwise_rank",
     "pairwise_softplus",
@@ -91,6 +94,7 @@ __all__ = [
     "siglip_loss",
     "slerp",
     "sparsemax",
+    "survey",
     "tagged_moco_loss",
     "uniformity",
     "v_mix_loss",

@@ -7,6 +7,7 @@ from mmfast.gap.blending import (
 )
 from mmfast.gap.calibration import Calibration, calibration_error, retrieval_calibration_error
 from mmfast.gap.cone import Cone, MLPCone, cone_effect, mlp_cone
+from mmfast.gap.files import Rows, open_rows
 from mmfast.gap.measures import (
     Gap,
     Procrustes,
@@ -19,6 +20,7 @@ from mmfast.gap.measures import (
 )
 from mmfast.gap.mismatch import Mismatch, mismatch_simulation
 from mmfast.gap.retrieval import Recall, retrieval_recall
+from mmfast.gap.survey import Survey, survey
 
 __all__ = [
     "Arithmetic",
@@ -29,6 +31,8 @@ __all__ = [
     "Mismatch",
     "Procrustes",
     "Recall",
+    "Rows",
+    "Survey",
     "alignment",
     "calibration_error",
     "cone_effect",
@@ -39,9 +43,11 @@ __all__ = [
     "mismatch_simulation",
     "mlp_cone",
     "modality_gap",
+    "open_rows",
     "procrustes",
     "relative_alignment",
     "retrieval_calibration_error",
     "retrieval_recall",
+    "survey",
     "uniformity",
 ]

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast.gap._inputs import as_rows, full_precision
+from mmfast.gap._streams import mean, open_sides, products
+from mmfast.gap.files import is_stored
 from mmfast.losses._terms import check_number
 from mmfast.ops._statistics import PairwiseStats
 from mmfast.ops.pairwise_lse import pairwise_lse
@@ -57,22 +59,28 @@ class Gap:
 
 
 @full_precision
-def modality_gap(x: Any, y: Any, *, normalize: bool = True) -> Gap:
+def modality_gap(x: Any, y: Any, *, normalize: bool = True, budget: int = 1 << 30) -> Gap:
     """The vector from the mean of y to the mean of x, and its length.
 
     The means of unit rows are not made unit themselves, as published.
 
     Args:
-        x: [N, D] tensor, numpy array or memmap, float32, float64, bfloat16 or float16.
-        y: [M, D] of the same type and device; not necessarily paired.
+        x: [N, D] tensor or numpy array, float32, float64, bfloat16 or float16; or a memmap, a path
+            or a list of shards, as `mmfast.gap.open_rows` takes them, which is read in blocks.
+        y: [M, D] of the same type and device (those that are read in blocks may differ in type);
+            not necessarily paired.
         normalize: make rows unit first.
+        budget: bytes for the blocks.
 
     Returns:
-        Gap of tensors, differentiable: float64 for float64 inputs, else float32.
+        Gap of tensors, differentiable unless read in blocks: float64 for float64 inputs, else
+        float32.
 
     Raises:
         TypeError, ValueError: a type, shape or device that does not fit.
     """
+    if is_stored(x) or is_stored(y):
+        return Gap(*map(mean, open_sides("modality_gap", normalize, budget, x, y)))
     x, y = as_rows("modality_gap", normalize, x=x, y=y)
     return Gap(x.mean(0), y.mean(0))
 
@@ -191,6 +199,7 @@ def cosine_stats(
     bins: int | None = 256,
     range: tuple[float, float] = (-1.0, 1.0),
     normalize: bool = True,
+    budget: int = 1 << 30,
     backend: str | None = None,
 ) -> PairwiseStats:
     """Count, mean, spread, extremes and histogram of the cosines of all pairs.
@@ -199,11 +208,14 @@ def cosine_stats(
     same mean, extremes and quantiles; `std` differs by the divisor alone, as each pair counts once.
 
     Args:
-        x: [N, D] tensor, numpy array or memmap of a floating type.
-        y: [M, D] of the same type and device. None: the pairs i < j of x.
+        x: [N, D] tensor or numpy array of a floating type; or a memmap, a path or a list of shards,
+            as `mmfast.gap.open_rows` takes them, which is read in blocks.
+        y: [M, D] of the same type and device (those that are read in blocks may differ in type).
+            None: the pairs i < j of x.
         bins, range: of the histogram, as in `pairwise_stats`. A cosine that rounding puts past 1
             counts as `above`.
         normalize: make rows unit first.
+        budget: bytes for the blocks.
         backend: passed to `pairwise_stats`; None picks the fastest that can run.
 
     Returns:
@@ -214,8 +226,10 @@ def cosine_stats(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     sides = {"x": x} if y is None else {"x": x, "y": y}
-    rows = as_rows("cosine_stats", normalize, **sides)
-    return pairwise_stats(*rows, bins=bins, range=range, backend=backend)
+    options: dict[str, Any] = {"bins": bins, "range": range, "backend": backend}
+    if any(map(is_stored, sides.values())):
+        return products(open_sides("cosine_stats", normalize, budget, *sides.values()), **options)
+    return pairwise_stats(*as_rows("cosine_stats", normalize, **sides), **options)
 
 
 class Procrustes(NamedTuple):

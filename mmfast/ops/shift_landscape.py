@@ -146,6 +146,14 @@ def _move(x: Tensor, direction: Tensor, moves: Tensor) -> _Side:
     return _Side(inverse, along, factors, centre)
 
 
+def moved_sums(x: Tensor, y: Tensor, shifts: Sequence[float], direction: Tensor) -> Tensor:
+    """Sums of the unit rows of x and of y that both sides' shifts move, float64 [2, L, D]: what
+    the means of a whole come from, where blocks of it are shifted along one unit `direction`."""
+    moves = _on(x.device, shifts) / 2
+    sides = (_move(x, direction, -moves), _move(y, direction, moves))
+    return torch.stack([side.centre * len(x) for side in sides])
+
+
 def _gap(x: Tensor, y: Tensor) -> Tensor:
     """The mean of the unit rows of x less that of y, float64 [D]."""
     sums = [
