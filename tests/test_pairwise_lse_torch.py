@@ -174,6 +174,8 @@ def test_double_backward_is_refused_only_when_it_happens(compiled_backend):
         dq.sum().backward()
 
 
+# torch 2.14 warns of its own forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_forward_mode_is_refused_and_not_dropped(compiled_backend):
     q, k = random_pair(dtype=widest(compiled_backend), requires_grad=False)
     with forward_ad.dual_level():
