@@ -31,9 +31,9 @@ ctest-%:
 	$(BIN)/cmake --build build/$*
 	$(BIN)/ctest --test-dir build/$* --output-on-failure
 
-# times every case on this machine and writes bench/results and bench/RESULTS.md
+# times every case and its peers on this machine and writes bench/results and bench/RESULTS.md
 bench: $(READY)
-	$(BIN)/python -m bench all
+	$(BIN)/python -m bench all --peers
 	$(BIN)/python -m bench.report
 
 # checks and times the GPU kernels; needs a CUDA card

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 import pytest
 
 from bench import machine
-from bench.measure import Playback, Race, RaceResult, Timing, rates, run_race
+from bench.compare import OWN_ONLY, RIVALS
+from bench.measure import PEERS, Playback, Race, RaceResult, Timing, rates, run_race
 
 _tape = Playback()
 _races = pytest.StashKey[dict[str, RaceResult]]()
@@ -47,9 +48,11 @@ class Measure:
 
         A contender that cannot run is skipped, and its reason goes into the JSON.
         """
+        if self._contender in RIVALS and not PEERS:
+            self.skip(OWN_ONLY, **facts)
         races = self._config.stash[_races]
         if self._group not in races:
-            races[self._group] = run_race(race)
+            races[self._group] = run_race(race if PEERS else race.without(RIVALS))
         timings, reasons = races[self._group]
         if self._contender in reasons:
             self.skip(reasons[self._contender], **facts)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import mmfast
-from bench.measure import QUICK, Rates
+from bench.measure import PEERS, QUICK, Rates
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,11 +42,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def commit() -> tuple[str, bool]:
-    """Short commit of the measured tree, and whether tracked files differ from it."""
+def commit(tree: Path = ROOT) -> tuple[str, bool]:
+    """Short commit of `tree`, and whether tracked files differ from it."""
     try:
-        head = _git("rev-parse", "--short=10", "HEAD")
-        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+        head = _git(tree, "rev-parse", "--short=10", "HEAD")
+        return head, bool(_git(tree, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return "none", True
 
@@ -64,6 +64,7 @@ def facts() -> dict[str, Any]:
         "commit": revision,
         "dirty": dirty,
         "quick": QUICK,
+        "peers": PEERS,
         # of the minute before: anything but a small number says that others were at work
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
@@ -167,6 +168,6 @@ def _mm_arrays(dtype: str, size: int) -> tuple[torch.Tensor, torch.Tensor, torch
     return a, b, torch.zeros(size, size, dtype=kind)
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+def _git(tree: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=tree, check=True, capture_output=True, text=True)
     return done.stdout.strip()

@@ -14,9 +14,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 QUICK = os.environ.get("MMFAST_BENCH_QUICK") == "1"
+PEERS = os.environ.get("MMFAST_BENCH_PEERS") == "1"
 SAMPLE = 0.02 if QUICK else 0.2  # seconds; a call shorter than this is repeated within one round
 # seconds; a call shorter than this comes twice, and is timed the second time: the first one after
 # another contender finds its memory gone, and on virtual machines pages may take longer than it
@@ -92,6 +93,10 @@ class Race:
     tolerance: float | None = None
     probe: Callable[[int], Rates] | None = None
     warm_up: bool = True
+
+    def without(self, names: Container[Name]) -> Race:
+        """The race of all others."""
+        return replace(self, make=lambda: {n: c for n, c in self.make().items() if n not in names})
 
 
 RaceResult = tuple[dict[Name, Timing], dict[Name, str]]

@@ -90,11 +90,11 @@ def load(path: Path) -> Result:
 
 
 def newest(folder: Path) -> list[Result]:
-    """The newest result of each (device, op); a quick run only where there is no other."""
+    """The newest result of each (device, op): with peers, and no quick run, where there is one."""
     # what `bench gpu` writes has its own report beside it
     paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("gpu-")]
     results = [load(path) for path in paths]
-    results.sort(key=lambda r: (not r.machine["quick"], r.when))
+    results.sort(key=lambda r: (not r.machine["quick"], r.machine.get("peers", True), r.when))
     latest = {(r.machine["device"], r.op): r for r in results}
     return [latest[key] for key in sorted(latest)]
 
@@ -162,9 +162,9 @@ def bench_table(bench: str, rows: list[Row]) -> str:
             [
                 *(str(row[key]) for key in keys),
                 f"{1e3 * row['median']:.4g} ({times})",
-                _number(row.get("gflops"), 1),
-                _number(row.get("percent_of_peak"), 1),
-                _number(row["peak_mb"], 0),
+                number(row.get("gflops"), 1),
+                number(row.get("percent_of_peak"), 1),
+                number(row["peak_mb"], 0),
                 *_comparison(bench, row, rows),
             ]
         )
@@ -189,7 +189,7 @@ def _comparison(bench: str, row: Row, rows: list[Row]) -> list[str]:
         return [f"{allowed_mb(row):.0f}" if row["contender"] in OWN else "-"]
     if bench == "losses_memory":
         grown = row["peak_mb"]
-        return [_number(None if grown is None else 1e6 * grown / (row["n"] * row["d"]), 1)]
+        return [number(None if grown is None else 1e6 * grown / (row["n"] * row["d"]), 1)]
     if bench == "growth":
         first = min(rows, key=lambda r: r["n"])
         cost = (row["median"] / row["n"] ** 2) / (first["median"] / first["n"] ** 2)
@@ -202,7 +202,7 @@ def _comparison(bench: str, row: Row, rows: list[Row]) -> list[str]:
     if bench == "threads":
         return [faster]
     if bench == "bandwidth":
-        return [_number(row.get("gb_per_s"), 1), f"{100 * base['median'] / row['median']:.0f}"]
+        return [number(row.get("gb_per_s"), 1), f"{100 * base['median'] / row['median']:.0f}"]
     if bench not in BASELINE:
         return []
     if base["contender"] != BASELINE[bench]:
@@ -258,22 +258,6 @@ def worst(rows: list[Row]) -> list[str]:
     return lines
 
 
-def compare(before: Result, after: Result) -> str:
-    """Rows that two commits share: before, after, and how many times faster."""
-    old = {tuple(row[key] for key in KEY): row for row in before.rows}
-    body = []
-    for row in after.rows:
-        base = old.get(tuple(row[key] for key in KEY))
-        if base is not None:
-            ratio = f"{base['median'] / row['median']:.2f}"
-            share = [_number(r.get("percent_of_peak"), 1) for r in (base, row)]
-            times = [f"{1e3 * r['median']:.4g}" for r in (base, row)]
-            body.append([*(str(row[key]) for key in KEY), *times, ratio, *share])
-    commits = [before.machine["commit"], after.machine["commit"]]
-    heads = [*KEY, *(f"{c} ms" for c in commits), "x faster", *(f"{c} % of peak" for c in commits)]
-    return table(heads, body)
-
-
 def table(heads: list[str], body: list[list[str]]) -> str:
     """A Markdown table with aligned columns: readable as text, too."""
     lines = [heads, *body]
@@ -286,7 +270,8 @@ def table(heads: list[str], body: list[list[str]]) -> str:
     return "\n".join(rendered) + "\n"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A cell of a table; a dash where nothing was measured."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 

@@ -23,7 +23,13 @@ _spec = importlib.util.spec_from_file_location(
 sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["bench"])
 
-from bench import peers, peers_losses, report, targets  # noqa: E402 (needs the package loaded above)
+from bench import (  # noqa: E402 (needs the package loaded above)
+    compare,
+    peers,
+    peers_losses,
+    report,
+    targets,
+)
 from bench.__main__ import main  # noqa: E402
 from bench.measure import (  # noqa: E402
     SAMPLE,
@@ -440,7 +446,16 @@ def test_memory_of_a_loss_is_shown_per_element():
 
 
 def test_the_quick_run_of_the_losses_fills_every_table(tmp_path):
-    command = [sys.executable, "-m", "bench", "losses", "--quick", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "losses",
+        "--quick",
+        "--peers",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = report.newest(tmp_path)
@@ -527,14 +542,49 @@ def test_compare_shows_shared_rows_only(tmp_path):
     before = write(tmp_path, "clip", [row("loss", "mmfast", 3.0)], "2025-01-01", commit="old")
     rows = [row("loss", "mmfast", 2.0), row("loss", "new peer", 1.0)]
     after = write(tmp_path, "clip", rows, "2025-01-02", commit="new")
-    text = report.compare(report.load(before), report.load(after))
+    text = compare.comparison([report.load(before)], [report.load(after)])
     assert "old ms" in text
     assert "new ms" in text
     assert "| 1.50 " in text
     assert "new peer" not in text
 
 
-def test_base_refuses_on_a_red_test(monkeypatch, capsys):
+def turns(folder: Path, *rows: list[dict[str, Any]]) -> list[report.Result]:
+    return [report.load(write(folder, "clip", part, f"{i}")) for i, part in enumerate(rows)]
+
+
+def test_a_commit_counts_at_its_fastest_turn(tmp_path):
+    before = turns(tmp_path, [row("loss", "mmfast", 1.0)], [row("loss", "mmfast", 2.0)])
+    after = turns(tmp_path, [row("loss", "mmfast", 9.0)], [row("loss", "mmfast", 1.1)])
+    assert compare.slower(before, after, 1.2) == []
+    (said,) = compare.slower(before, after, 1.05)
+    assert said.startswith("loss mmfast")
+    assert said.endswith("1.10 times as long")
+
+
+def test_what_peers_lost_too_was_the_machine(tmp_path):
+    before = turns(tmp_path, [row("loss", "mmfast", 1.0), row("loss", "dense", 1.0)])
+    after = turns(tmp_path, [row("loss", "mmfast", 1.5), row("loss", "dense", 1.4)])
+    assert compare.slower(before, after, 1.1) == []
+    assert "1.07 times beyond its peers" in compare.slower(before, after, 1.05)[0]
+
+
+def test_every_rival_is_one_in_the_tables():
+    files = "".join(path.read_text() for path in (ROOT / "bench").glob("bench_*.py"))
+    named = files + (ROOT / "bench" / "peers.py").read_text()
+    assert {name for name in compare.RIVALS if f'"{name}"' not in named} == set()
+
+
+def test_peers_are_left_out_of_a_race_unless_asked_for():
+    time = FakeTime()
+    race = Race(lambda: {n: time.contender(n, 1.0) for n in ("dense", "mmfast")}, seconds=0)
+    timings, _ = run_race(race.without(compare.RIVALS), time)
+    assert list(timings) == ["mmfast"]
+    assert set(time.log) == {"mmfast"}
+
+
+@pytest.mark.parametrize("options", [[], ["--base", "HEAD"]])
+def test_nothing_is_timed_on_a_red_test(monkeypatch, capsys, options):
     calls = []
 
     def red(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -542,12 +592,12 @@ def test_base_refuses_on_a_red_test(monkeypatch, capsys):
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(subprocess, "run", red)
-    assert main(["clip", "--base", "HEAD"]) == 1
+    assert main(["clip", *options]) == 1
     assert [command[-1] for command in calls] == ["tests/test_clip.py"]
     assert "never reported on a red test" in capsys.readouterr().out
 
 
-def test_base_asks_the_tests_of_every_loss_that_is_timed(monkeypatch, capsys):
+def test_the_tests_asked_are_those_of_every_loss_that_is_timed(monkeypatch, capsys):
     calls = []
 
     def last_is_red(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
