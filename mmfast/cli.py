@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 
@@ -14,8 +15,15 @@ from mmfast.ops import BACKENDS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's own) and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv[:1]) == ["gap"]:
+        # imported here: `info` needs none of it
+        from mmfast.gap import command
+
+        return command.main(argv[1:])
     parser = argparse.ArgumentParser(prog="mmfast", description=mmfast.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("gap", help="how two modalities lie to each other, from two files")
     commands.add_parser("info", help="versions, devices, and each op's backends")
     parser.parse_args(argv)
     print("\n".join(info()))

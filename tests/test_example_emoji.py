@@ -188,9 +188,14 @@ def test_main_refuses_a_training_that_learned_too_little(tmp_path, monkeypatch, 
     threads = str(torch.get_num_threads())
     arguments = ["--epochs", "1", "--threads", threads, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    drawing = "mmfast.gap.pictures.rendered"
+    monkeypatch.setattr(drawing, lambda figure, form: b"<svg><defs></defs></svg>")
     with pytest.raises(SystemExit, match=r"recall@1 is 0\..* but 0.25 is expected"):
         train.main()
-    assert "recall@1 image to text" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "recall@1 image to text" in out
+    assert str(tmp_path / "gap" / "report.html") in out
+    assert "pictures and names" in (tmp_path / "gap" / "report.html").read_text()
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert report["epochs"] == 1
     assert report["largest_loss_difference"] < 1e-3

@@ -8,20 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import Pairs
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#B8B8B8", "#333333"
-ARROW = {"arrowstyle": "->", "color": "black", "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
-
-
-def tidy(axes: Axes) -> None:
-    """Leave only the two spines that carry numbers."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E6E6E6", linewidth=0.7)
-    axes.set_axisbelow(True)
+from mmfast.gap.pictures import ARROW, BLUE, GREY, INK, ORANGE, tidy
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -1,8 +1,8 @@
 """Teach two projection heads one joint space for emoji pictures and their names.
 
 Trains once with mmfast's loss and once with the dense loss from the same seed, prints what was
-learned and what either loss costs, and leaves pictures and metrics.json behind. With --loss it
-trains with each of those losses instead and compares them (contest.py).
+learned and what either loss costs, and leaves pictures, metrics.json and a report on the modality
+gap behind. With --loss it trains with each of those losses instead and compares them (contest.py).
 """
 
 from __future__ import annotations
@@ -125,6 +125,9 @@ def two_losses(pairs: Pairs, training: Pairs, held_out: Pairs, args: argparse.Na
         pictures.nearest_captions(args.out / "captions.png", held_out, *after),
         args.out / "metrics.json",
     ]
+    scale = fast.model.scale().item()
+    gap = args.out / "gap"
+    mmfast.gap_report(*after, gap, names=("pictures", "names"), logit_scale=scale)
     report = {
         "seed": args.seed,
         "threads": args.threads,
@@ -143,6 +146,7 @@ def two_losses(pairs: Pairs, training: Pairs, held_out: Pairs, args: argparse.Na
         f"steps. Trained for {fast.seconds:.1f} s (mmfast) and {dense.seconds:.1f} s (dense)."
     )
     print("See " + "\n    ".join(str(file) for file in files))
+    print(f"What the {len(held_out)} held-out pairs say of the gap: {gap / 'report.html'}")
 
     lowest = min(value for name, value in learned["mmfast"].items() if "recall@1 " in name)
     if lowest < REQUIRED_RECALL:

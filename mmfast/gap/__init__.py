@@ -19,6 +19,7 @@ from mmfast.gap.measures import (
     uniformity,
 )
 from mmfast.gap.mismatch import Mismatch, mismatch_simulation
+from mmfast.gap.report import gap_report
 from mmfast.gap.retrieval import Recall, retrieval_recall
 from mmfast.gap.survey import Survey, survey
 
@@ -38,6 +39,7 @@ __all__ = [
     "cone_effect",
     "cosine_stats",
     "embedding_arithmetic",
+    "gap_report",
     "gradient_blending_weights",
     "gradient_blending_weights_of_gradients",
     "mismatch_simulation",
