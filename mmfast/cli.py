@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if list(argv[:1]) == ["gap"]:
         # imported here: `info` needs none of it
-        from mmfast.gap import command
+        from mmfast.gap.report import command
 
         return command.main(argv[1:])
     parser = argparse.ArgumentParser(prog="mmfast", description=mmfast.__doc__)

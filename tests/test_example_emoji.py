@@ -188,7 +188,7 @@ def test_main_refuses_a_training_that_learned_too_little(tmp_path, monkeypatch, 
     threads = str(torch.get_num_threads())
     arguments = ["--epochs", "1", "--threads", threads, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    drawing = "mmfast.gap.pictures.rendered"
+    drawing = "mmfast.gap.report.pictures.rendered"
     monkeypatch.setattr(drawing, lambda figure, form: b"<svg><defs></defs></svg>")
     with pytest.raises(SystemExit, match=r"recall@1 is 0\..* but 0.25 is expected"):
         train.main()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmfast.cli import main
-from mmfast.gap import command, pictures
+from mmfast.gap.report import command, pictures
 
 N, D = 100, 8
 

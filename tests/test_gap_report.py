@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import mmfast
-from mmfast.gap import pictures
 from mmfast.gap.measures import Gap
-from mmfast.gap.page import DARK, adaptive
+from mmfast.gap.report import pictures
+from mmfast.gap.report.page import DARK, adaptive
+from mmfast.gap.report.tables import as_text, tables
+from mmfast.gap.report.words import answers, captions, clean, listed, number, percent, short
 from mmfast.gap.survey import Survey, Ways, survey
-from mmfast.gap.tables import as_text, tables
-from mmfast.gap.words import answers, captions, clean, listed, number, percent, short
 
 # what a file may be called
 NAMES = ("<script>alert(1)</script> & 'x'.npy", "$y_2$ 日\n.npy")

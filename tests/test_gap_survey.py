@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import mmfast
-from mmfast.gap import _passes, _state
-from mmfast.gap.survey import Survey, survey
+from mmfast.gap.survey import Survey, passes, survey
+from mmfast.gap.survey import state as keeping
 
 # what blocks of 70 rows of width 24 take in float32
 BUDGET = 40 * 24 * 24 + 70 * 24 * 4 * 8
@@ -296,7 +296,7 @@ def test_goes_on_after_an_interrupt(tmp_path, monkeypatch, name):
     """To the same bits, and no block is done twice."""
     ask = write(tmp_path)
     straight = survey(**ask)
-    step, calls = getattr(_passes, name), 0
+    step, calls = getattr(passes, name), 0
 
     def interrupted(*args):
         nonlocal calls
@@ -305,7 +305,7 @@ def test_goes_on_after_an_interrupt(tmp_path, monkeypatch, name):
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(_passes, name, interrupted)
+    monkeypatch.setattr(passes, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         survey(**ask, state=tmp_path / "state")
     assert [it.name for it in (tmp_path / "state").iterdir()] == ["state.pt"]
@@ -329,8 +329,8 @@ def test_goes_on_after_an_interrupt(tmp_path, monkeypatch, name):
 def test_state_is_written_now_and_then(tmp_path, monkeypatch):
     """What a killed process leaves is enough to go on."""
     ask = write(tmp_path)
-    monkeypatch.setattr(_state, "_EVERY", -1.0)
-    monkeypatch.setattr(_state, "_SHARE", math.inf)
+    monkeypatch.setattr(keeping, "_EVERY", -1.0)
+    monkeypatch.setattr(keeping, "_SHARE", math.inf)
     done, kept = 0, tmp_path / "kept"
     kept.mkdir()
 
@@ -401,7 +401,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     before = (folder / "state.pt").read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        _state.write_whole(folder / "state.pt", b"half")
+        keeping.write_whole(folder / "state.pt", b"half")
     assert (folder / "state.pt").read_bytes() == before
     assert facts(survey(**ask, state=folder)) == facts(good)
 

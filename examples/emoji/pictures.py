@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from mmfast.gap.pictures import ARROW, BLUE, GREY, INK, ORANGE, tidy
+from mmfast.gap.report.pictures import ARROW, BLUE, GREY, INK, ORANGE, tidy
 
 
 def save(figure: Figure, path: Path) -> Path:

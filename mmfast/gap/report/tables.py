@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mmfast.gap.words import (
+from mmfast.gap.report.words import (
     MINUS,
     SPACE,
     UNKNOWN,

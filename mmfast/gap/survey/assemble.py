@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfast.gap import _passes
-from mmfast.gap._facts import PCA, Retrieval, SideFacts, Survey, Ways
-from mmfast.gap._passes import Data, Held, Shifts
 from mmfast.gap._sides import HELD, Block, Side, cut, grid, triangle
-from mmfast.gap._state import Steps
 from mmfast.gap.files import Rows
 from mmfast.gap.measures import Gap
+from mmfast.gap.survey import passes
+from mmfast.gap.survey.facts import PCA, Retrieval, SideFacts, Survey, Ways
+from mmfast.gap.survey.passes import Data, Held, Shifts
+from mmfast.gap.survey.state import Steps
 from mmfast.losses._terms import softplus
 from mmfast.ops._inputs import type_name
 from mmfast.ops._statistics import PairwiseStats
@@ -59,7 +59,7 @@ def look(steps: Steps, name: str, rows: Rows, size: int) -> Held:
     none = torch.empty(0, dtype=torch.int64)
     return steps.fold(
         f"look {name}", cut(len(rows), size), {"broken": none, "zero": none},
-        partial(_passes.look, rows), lambda block: _READ * _rows_of(block),
+        partial(passes.look, rows), lambda block: _READ * _rows_of(block),
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def assemble(
         )
     ]
     logs = torch.stack([insides[0]["logs"], insides[1]["logs"], outside["logs"]]).logsumexp(0)
-    others = _passes.without(outside["stats"], own["own"], outside["least"], outside["most"])
+    others = passes.without(outside["stats"], own["own"], outside["least"], outside["most"])
     first = own["first"]
     paired = int(partners[0].sum())
     ways = [
@@ -130,7 +130,7 @@ def _moments(steps: Steps, name: str, side: Side) -> Held:
              (("sum", (D,)), ("square", (D, D)))}  # fmt: skip
     return steps.fold(
         f"moments {name}", side.blocks, start,
-        partial(_passes.moments, side),
+        partial(passes.moments, side),
         lambda block: (_READ + _MOMENT * D) * _rows_of(block),
     )  # fmt: skip
 
@@ -148,7 +148,7 @@ def _together(steps: Steps, data: Data) -> Held:
     }
     held = steps.fold(
         "together", data.x.blocks, start,
-        partial(_passes.together, data), lambda block: _TOGETHER * data.matches.count(*block),
+        partial(passes.together, data), lambda block: _TOGETHER * data.matches.count(*block),
     )  # fmt: skip
     return {**held, "x_best": torch.cat(held["x_best"]), "x_score": torch.cat(held["x_score"])}
 
@@ -161,7 +161,7 @@ def _within(steps: Steps, data: Data, name: str, side: Side) -> Held:
     start = {"stats": None, "logs": torch.tensor(-math.inf, dtype=torch.float64)}
     return steps.fold(
         f"within {name}", triangle(side), start,
-        partial(_passes.within, data, side), lambda at: _WITHIN * _area(side, side, at),
+        partial(passes.within, data, side), lambda at: _WITHIN * _area(side, side, at),
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def _between(steps: Steps, data: Data, own: Held) -> Held:
     }
     held = steps.fold(
         "between", grid(data.x, data.y), start,
-        partial(_passes.between, data, thresholds),
+        partial(passes.between, data, thresholds),
         lambda at: _BETWEEN * _area(data.x, data.y, at),
     )  # fmt: skip
     joined = {
@@ -194,7 +194,7 @@ def _between(steps: Steps, data: Data, own: Held) -> Held:
 
 def _uniformity(logs: Tensor, n: int) -> float:
     """From log sum exp(2 t s) over all ordered pairs of n rows; |x - y|^2 = 2 - 2 s."""
-    return float(logs) - 2 * _passes.T - math.log(n * (n - 1))
+    return float(logs) - 2 * passes.T - math.log(n * (n - 1))
 
 
 def _way(
@@ -252,7 +252,7 @@ def _landscape(
     }
     held = steps.fold(
         "landscape", cut(len(i), max(CHUNK, size)), start,
-        partial(_passes.landscape, data, ask),
+        partial(passes.landscape, data, ask),
         lambda block: _shift_cost(D, L * len(taus)) * _rows_of(block),
     )  # fmt: skip
     losses, centres = held["losses"] / len(i), held["centres"] / len(i)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mmfast.gap.words import inverse, number, percent, short
+from mmfast.gap.report.words import inverse, number, percent, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

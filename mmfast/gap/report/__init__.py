@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from mmfast.gap._state import NAME as STATE
-from mmfast.gap._state import write_whole
 from mmfast.gap.files import Rows, open_rows
-from mmfast.gap.page import Picture, page
+from mmfast.gap.report.page import Picture, page
+from mmfast.gap.report.tables import tables
+from mmfast.gap.report.words import ALT, RULES, answers, captions, clean
 from mmfast.gap.survey import Survey, survey
-from mmfast.gap.tables import tables
-from mmfast.gap.words import ALT, RULES, answers, captions, clean
+from mmfast.gap.survey.state import NAME as STATE
+from mmfast.gap.survey.state import write_whole
 
 SCHEMA = 1
 
@@ -87,7 +87,7 @@ def document(found: Survey, rows: tuple[Rows, Rows]) -> dict[str, Any]:
 
 def _files(found: Survey, rows: tuple[Rows, Rows]) -> dict[str, bytes]:
     """The content of each file; report.json last, which is new only where all the others are."""
-    from mmfast.gap.pictures import drawn
+    from mmfast.gap.report.pictures import drawn
 
     files = drawn(found)
     below = captions(found)

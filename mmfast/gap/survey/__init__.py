@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import mmfast
-from mmfast.gap._assemble import CHUNK, SHOWN, assemble, cost, look
-from mmfast.gap._facts import PCA, Retrieval, SideFacts, Survey, Ways
 from mmfast.gap._inputs import as_ids, full_precision
-from mmfast.gap._passes import Data, Held
 from mmfast.gap._sides import Matches, Side, block_size
-from mmfast.gap._state import Progress, Steps
 from mmfast.gap.files import Rows, open_rows
+from mmfast.gap.survey.assemble import CHUNK, SHOWN, assemble, cost, look
+from mmfast.gap.survey.facts import PCA, Retrieval, SideFacts, Survey, Ways
+from mmfast.gap.survey.passes import Data, Held
+from mmfast.gap.survey.state import Progress, Steps
 from mmfast.losses._terms import check_number
 from mmfast.ops._inputs import SCORE_TYPE, as_number
 from mmfast.ops.pairwise_stats import pairwise_stats

@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from mmfast.gap._plain import from_plain, to_plain
 from mmfast.gap.measures import Gap
+from mmfast.gap.survey.plain import from_plain, to_plain
 from mmfast.ops._statistics import PairwiseStats
 from mmfast.ops.shift_landscape import Landscape
 

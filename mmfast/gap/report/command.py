@@ -18,9 +18,9 @@ import numpy as np
 from mmfast.gap._formats import BY_SUFFIX
 from mmfast.gap.files import Rows, open_rows
 from mmfast.gap.report import document, gap_report, opened
+from mmfast.gap.report.tables import as_text, tables
+from mmfast.gap.report.words import SPACE, answers
 from mmfast.gap.survey import Survey, survey
-from mmfast.gap.tables import as_text, tables
-from mmfast.gap.words import SPACE, answers
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 FORMATS = f"Files end in {', '.join(BY_SUFFIX)}"

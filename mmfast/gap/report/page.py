@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from mmfast.gap.tables import Table
-from mmfast.gap.words import Answer
+from mmfast.gap.report.tables import Table
+from mmfast.gap.report.words import Answer
 
 # what the colours of the pictures become on dark paper
 DARK = {
