@@ -24,6 +24,7 @@ from bench import compare, machine, report
 HERE = Path(__file__).resolve().parent
 # the tests of what a bench times, where they are not those of its own name
 TESTS = {"losses": ("mixup", "gmc", "moco", "albef", "siglip", "sample_negatives")}
+TESTS["distributed"] = ("distributed", "distributed_trainers", "distributed_errors")
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 

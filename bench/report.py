@@ -28,6 +28,7 @@ BASELINE = {
     "fdt_all": "eager",
     "landscape": "one forward of clip_loss",
     "landscape_loop": "published loop",
+    "shared": "1 rank",
     **dict.fromkeys(LOSSES, "dense"),
 }
 TITLES = {
@@ -51,6 +52,7 @@ TITLES = {
     "ranks": "pairwise_rank, and torch over blocks of rows",
     "landscape": "shift_landscape, 40 shifts by 3 temperatures, and one forward of clip_loss",
     "landscape_loop": "shift_landscape and the published loop",
+    "shared": "clip_loss of one batch by several ranks: processor time of all, memory of one",
     "losses_memory": "memory of one cold call of each loss in a fresh process, queues of N",
 }
 HEADER = """# Results

@@ -127,6 +127,9 @@ def judge(rows: Iterable[Row], tiles: list[dict[str, float]]) -> list[Verdict]:
         _at_most(
             "landscape of 120 losses, float32: ≤ 8 forwards of one", _landscape(rows), 8, "forwards"
         ),
+        _at_most(
+            "2 and 4 ranks, N=16384: ≤ 1.1x the processor time of one", _shared(rows), 1.1, "x"
+        ),
     ]
 
 
@@ -272,6 +275,14 @@ def _landscape(rows: list[Row]) -> Figures:
     # on a matrix unit the products of bfloat16 cost nearly nothing, and the exponentials as ever
     chosen = _select(rows, bench="landscape", dtype="float32")
     return _ratios(chosen, "mmfast", "one forward of clip_loss")
+
+
+def _shared(rows: list[Row]) -> Figures:
+    return [
+        (1 / ratio, f"{where}, {ranks}")
+        for ranks in ("2 ranks", "4 ranks")
+        for ratio, where in _ratios(_select(rows, bench="shared", n=16384), "1 rank", ranks)
+    ]
 
 
 def _growth(rows: list[Row]) -> Figures:

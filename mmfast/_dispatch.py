@@ -217,11 +217,15 @@ def transformed(op: str) -> bool:
     return compiling or inside
 
 
-def once(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+ONLY_EAGER = 'backend="{}" has no second derivative; pass backend="eager" to differentiate twice'
+
+
+def once(op: str, run: Callable[..., Any], why: str = ONLY_EAGER) -> Callable[..., Any]:
     """`run`, a backward op whose last argument is its backend, for use inside a backward pass.
 
     Under create_graph its results must know that they cannot be differentiated again: trying to
-    raises NotImplementedError with the way out.
+    raises NotImplementedError that says `why`, with the backend's name for {}. It must be given the
+    inputs of the forward pass: nothing asks a node that does not depend on them.
     """
 
     class Once(torch.autograd.Function):
@@ -235,10 +239,7 @@ def once(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            raise NotImplementedError(
-                f'{op}: backend="{ctx.backend}" has no second derivative; '
-                'pass backend="eager" to differentiate twice'
-            )
+            raise NotImplementedError(f"{op}: {why.format(ctx.backend)}")
 
     apply: Any = Once.apply
     return lambda *inputs: (apply if torch.is_grad_enabled() else run)(*inputs)

@@ -480,8 +480,8 @@ GOOD = {
          "queue_ids must be [6], one per row of image_queue, got [5]"),
         ({"image_ids": X, "queue_ids": IDS}, TypeError, "image_ids must be int64, got float32"),
         ({"reduction": "avg"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'avg'"),
-        ({"group": 3}, ValueError, "group= is not supported yet, expected None, got int; "
-         "without it each process computes the loss of its own batch"),
+        ({"group": 3}, TypeError,
+         "group must be a torch.distributed process group or None, got int"),
     ],
 )  # fmt: skip
 def test_errors_of_itc(options, kind, sentence):

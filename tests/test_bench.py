@@ -328,10 +328,11 @@ def good_rows() -> list[dict[str, Any]]:
     rows += [row("fdt_all", name, t, mode="bwd") for name, t in (("eager", 3.1), ("cpp", 1.0))]
     landscape = {"one forward of clip_loss": 1.0, "mmfast": 7.9}
     rows += [row("landscape", name, t, mode="fwd") for name, t in landscape.items()]
-    return rows
+    shared = {"1 rank": 1.0, "2 ranks": 1.05, "4 ranks": 1.09}
+    return rows + [row("shared", name, t, n=16384) for name, t in shared.items()]
 
 
-TARGETS = 37
+TARGETS = 38
 GOOD_TILE = {"limit_gflops": 236.0, "tile_gflops": 220.0, "percent": 93.0}
 
 
@@ -376,6 +377,7 @@ def test_nothing_measured_meets_nothing():
         ),
         (19, {"bench": "ranks", "contender": "cpp"}, {"percent_of_peak": 89.9}),
         (36, {"bench": "landscape", "contender": "mmfast"}, {"median": 8.1}),
+        (37, {"bench": "shared", "contender": "4 ranks"}, {"median": 1.11}),
         *(
             (20 + i, {"bench": loss, "contender": "mmfast"}, {"percent_of_peak": 79.9})
             for i, loss in enumerate(targets.LOSSES)

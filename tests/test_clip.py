@@ -558,9 +558,8 @@ ERRORS = [
     (
         (Q,),
         {"group": object()},
-        ValueError,
-        "group= is not supported yet, expected None, got object; "
-        "without it each process computes the loss of its own batch",
+        TypeError,
+        "group must be a torch.distributed process group or None, got object",
     ),
 ]
 

@@ -412,13 +412,6 @@ ERRORS = [
         ValueError,
         "reduction must be 'mean', 'sum' or 'none', got 'avg'",
     ),
-    (
-        (Q, Q),
-        {"group": object()},
-        ValueError,
-        "group= is not supported yet, expected None, got object; "
-        "without it each process computes the loss of its own batch",
-    ),
 ]
 OF_LAM = [
     ("0.5", TypeError, "lam must be a number or a tensor, got str"),
@@ -435,6 +428,16 @@ def test_errors(loss, rows, options, kind, sentence):
     with pytest.raises(kind) as raised:
         loss(*rows, **(needed | options))
     assert str(raised.value) == f"{loss.__name__}: {sentence}"
+
+
+@pytest.mark.parametrize("loss", [*MIXES.values(), hcl_loss])
+def test_group(loss):
+    needed = {} if loss is hcl_loss else {"logit_scale": 1.0, "lam": 0.5}
+    kind, sentence = ValueError, "group= is not supported yet, expected None, got object"
+    if loss is m2_mix_loss:
+        kind, sentence = TypeError, "group must be a torch.distributed process group or None"
+    with pytest.raises(kind, match=f"{loss.__name__}: {sentence}"):
+        loss(Q, Q, **needed, group=object())
 
 
 @pytest.mark.parametrize("loss", MIXES.values())

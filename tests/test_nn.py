@@ -91,11 +91,7 @@ def test_call_by_keyword_as_a_trainer_does(batch, make, options):
     assert not module.state_dict()
 
 
-def test_what_it_cannot_do_yet():
-    with pytest.raises(ValueError, match="ClipLoss: world_size must be 1, got 4; sharing"):
-        mmfast.nn.ClipLoss(world_size=4)
-    with pytest.raises(ValueError, match="SigLipLoss: world_size must be 1, got 2; sharing"):
-        mmfast.nn.SigLipLoss(world_size=2)
+def test_what_it_refuses():
     expected = "SigLipLoss: dist_impl must be None, 'bidir', 'shift', 'reduce' or 'gather', got 'x'"
     with pytest.raises(ValueError, match=expected):
         mmfast.nn.SigLipLoss(dist_impl="x")

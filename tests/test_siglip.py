@@ -170,9 +170,8 @@ Q = torch.zeros(5, 8)
         ({"same_id": "both"}, ValueError, "same_id must be 'exclude' or 'positive', got 'both'"),
         (
             {"group": object()},
-            ValueError,
-            "group= is not supported yet, expected None, got object; "
-            "without it each process computes the loss of its own batch",
+            TypeError,
+            "group must be a torch.distributed process group or None, got object",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast._ring import Ring
+from mmfast.distributed import ring_group_sums, ring_total
 from mmfast.ops._inputs import (
     SCORE_TYPE,
     as_number,
@@ -55,13 +57,23 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
-def ids_or_rows(ids: Tensor | None, x: Tensor) -> Tensor:
+def ids_or_rows(ids: Tensor | None, x: Tensor, ring: Ring | None = None) -> Tensor:
     """`ids`, or the numbers of the rows of `x`: with them only the own pair is left out."""
-    return torch.arange(len(x), device=x.device) if ids is None else ids
+    if ids is not None:
+        return ids
+    first = 0 if ring is None else ring.first
+    return torch.arange(first, first + len(x), device=x.device)
 
 
-def group_sums(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of rows with equal ids: (of row i's group [N, D], its size [N, 1], of all rows [D])."""
+def group_sums(x: Tensor, ids: Tensor, ring: Ring | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of rows with equal ids: (of row i's group [N, D], its size [N, 1], of all rows [D]).
+
+    Of the rows of all ranks with a `ring`.
+    """
+    if ring is not None:
+        counted = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        found = ring_group_sums(ring, counted, ids)
+        return found[:, :-1], found[:, -1:], ring_total(ring, x.sum(0))
     # numbering by sort has shapes known beforehand: no host sync, and it traces
     order = ids.argsort()
     ordered = ids[order]
@@ -74,7 +86,11 @@ def group_sums(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def target_offset(
-    k: Tensor, ids: Tensor | None, same_id: SameId, label_smoothing: float
+    k: Tensor,
+    ids: Tensor | None,
+    same_id: SameId,
+    label_smoothing: float,
+    ring: Ring | None = None,
 ) -> Tensor | None:
     """k_i minus the mean row under the target of row i, [N, D]; None where that is k_i itself.
 
@@ -84,24 +100,31 @@ def target_offset(
     `k` [N, D] is widened; cross-entropy = softplus(others - s_ii) + scale * <q_i, offset_i>.
     """
     if ids is None:
-        return label_smoothing * (k - k.mean(0)) if label_smoothing else None
+        return label_smoothing * (k - _mean_row(k, ring)) if label_smoothing else None
     if same_id == "exclude" and not label_smoothing:
         return None
-    sums, sizes, total = group_sums(k, ids)
+    sums, sizes, total = group_sums(k, ids, ring)
+    n = len(k) if ring is None else ring.total
     if same_id == "exclude":
-        return label_smoothing * (k - (total - sums + k) / (len(k) - sizes + 1))
+        return label_smoothing * (k - (total - sums + k) / (n - sizes + 1))
     # a row alone in its group sends no gradient here at all: a tiny one, added between two large
     # ones that cancel, would be lost
     offset = (k - sums / sizes).masked_fill(sizes == 1, 0.0)
     if not label_smoothing:
         return offset
-    return (1 - label_smoothing) * offset + label_smoothing * (k - total / len(k))
+    return (1 - label_smoothing) * offset + label_smoothing * (k - total / n)
 
 
-def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
-    """`loss` [N] as a mean, a sum or as it is."""
+def _mean_row(k: Tensor, ring: Ring | None) -> Tensor:
+    return k.mean(0) if ring is None else ring_total(ring, k.sum(0)) / ring.total
+
+
+def reduce(loss: Tensor, reduction: Reduction, ring: Ring | None = None) -> Tensor:
+    """`loss` [N] as a mean, a sum or as it is; by the contract of `mmfast.distributed`."""
     if reduction == "none":
         return loss
+    if ring is not None:
+        return loss.sum() * (ring.size / ring.total if reduction == "mean" else ring.size)
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
@@ -197,7 +220,7 @@ def check_batch(
     logit_scale: Any,
     ids: Any,
     reduction: Any,
-    group: Any,
+    group: Any = None,
     same_id: Any = "exclude",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What every loss of a batch of pairs asks; image and text [B, D] as autocast leaves them,
@@ -216,12 +239,3 @@ def as_logit_scale(who: str, x: Tensor, temperature: Any) -> Tensor:
     if not isinstance(temperature, Tensor) and as_number(who, "temperature", temperature) <= 0:
         raise ValueError(f"{who}: temperature must be positive, got {temperature}")
     return as_scale(who, x, temperature, "temperature").reciprocal()
-
-
-def check_one_process(who: str, world_size: Any) -> None:
-    """Raises unless the Module `who` is told of one process."""
-    if world_size != 1:
-        raise ValueError(
-            f"{who}: world_size must be 1, got {world_size}; "
-            "sharing a batch among processes is not supported yet"
-        )

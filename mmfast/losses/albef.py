@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast._ring import Ring, join
+from mmfast.distributed import ring_softmax_mean, slots
 from mmfast.losses._terms import (
     Reduction,
     as_logit_scale,
@@ -33,6 +35,8 @@ from mmfast.losses._terms import (
     check_rows,
     check_share,
     dot_rows,
+    group_sums,
+    ids_or_rows,
     log_sum_exp,
     reduce,
     row_scores,
@@ -80,7 +84,9 @@ def itc_loss(
         image_ids, queue_ids: int64 [B] and [Q], both or neither. Captions of one image, as in
             retrieval fine-tuning: the rest of the target is shared among all keys of the row's id.
         reduction: "mean", "sum" or "none", over the B pairs.
-        group: a process group; only None for now.
+        group: a process group whose ranks share the batch, by the contract of
+            `mmfast.distributed`: every rank must call this, and the backward pass.
+            They contrast with the keys of all ranks' batches; queues must be alike.
         backend: passed to `pairwise_lse`; None picks the fastest that can run.
 
     Returns:
@@ -92,7 +98,7 @@ def itc_loss(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     who = "itc_loss"
-    check_options(who, reduction, group=group)
+    check_options(who, reduction)
     image = check_rows(who, "image", image, ("B", "D"))
     like, shape = ("image", image), tuple(image.shape)
     text = check_rows(who, "text", text, shape, like)
@@ -110,33 +116,45 @@ def itc_loss(
         check_ids(who, queue_ids, queue_like, "queue_ids")
 
     taught = isinstance(alpha, Tensor) or alpha > 0
+    options, numbers = (taught, image_ids is None), {"1 / temperature": scale, "alpha": share}
+    learns = {"image": image, "text": text, "temperature": scale}
+    ring = join(who, group, text_m, learns, options, **numbers)
 
     def toward(query: Tensor, teacher: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-        loss = info_nce(query, key, scale, negatives=queue, reduction="none", backend=backend)
+        loss = info_nce(
+            query, key, scale, negatives=queue, reduction="none", group=ring, backend=backend
+        )
         offsets = []
         if image_ids is not None and queue_ids is not None:
-            offsets.append((1 - share) * _from_group_mean(key, queue, image_ids, queue_ids))
+            mean = _from_group_mean(key, queue, image_ids, queue_ids, ring)
+            offsets.append((1 - share) * mean)
         if taught:
-            offsets.append(share * _from_taught_mean(teacher, key, queue, scale.detach(), backend))
+            mean = _from_taught_mean(teacher, key, queue, scale.detach(), ring, backend)
+            offsets.append(share * mean)
         if offsets:
             loss = loss + dot_rows(widen(query), torch.stack(offsets).sum(0), scale)
         return loss
 
     both = toward(image, image_m, text_m, text_queue) + toward(text, text_m, image_m, image_queue)
-    return reduce(0.5 * both, reduction)
+    return reduce(0.5 * both, reduction, ring)
 
 
 def _from_taught_mean(
-    teacher: Tensor, key: Tensor, queue: Tensor, scale: Tensor, backend: str | None
+    teacher: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    scale: Tensor,
+    ring: Ring | None,
+    backend: str | None,
 ) -> Tensor:
     """key_i minus the mean of all keys under the softmax of teacher i, [B, D] wide."""
-    rows = torch.arange(len(key), device=key.device)
+    own_only = ids_or_rows(None, key, ring)
+    ids: dict[str, Any] = {"q_ids": own_only, "k_ids": own_only, "backend": backend}
     # a teacher that is sure of key_i leaves a small difference, exact from the others alone
-    parts: list[tuple[Tensor, dict[str, Any]]] = [
-        (key, {"q_ids": rows, "k_ids": rows, "backend": backend}),
-        (queue, {"backend": backend}),
+    found = [
+        ring_softmax_mean(ring, teacher, key, scale, **ids),
+        softmax_mean(teacher, queue, scale, backend=backend),
     ]
-    found = [softmax_mean(teacher, keys, scale, **options) for keys, options in parts]
     off = log_sum_exp(torch.stack([rows for rows, _ in found]), 0)
     own = row_scores(teacher, key, scale)
     total = own + softplus(off - own)
@@ -144,23 +162,21 @@ def _from_taught_mean(
     return torch.sigmoid(off - own).unsqueeze(1) * widen(key) - others[0] - others[1]
 
 
-def _from_group_mean(key: Tensor, queue: Tensor, ids: Tensor, queue_ids: Tensor) -> Tensor:
+def _from_group_mean(
+    key: Tensor, queue: Tensor, ids: Tensor, queue_ids: Tensor, ring: Ring | None
+) -> Tensor:
     """key_i minus the mean of all keys of its id, [B, D] wide; exactly 0 where it is the only one.
 
     O((B + Q) (D + log B)).
     """
-    ordered = ids.sort().values
-    slot, place = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, queue_ids)
-    met = ordered[place.clamp(max=len(ids) - 1)] == queue_ids
-    # keys of an id that the batch has not go where nobody looks
-    place = torch.where(met, place, len(ids))
-    wide = widen(key)
-    sums = wide.new_zeros(len(ids) + 1, key.shape[1])
-    sums = sums.index_add(0, slot, wide).index_add(0, place, widen(queue))
-    counts = torch.zeros_like(sums[:, :1])
-    for places in (slot, place):
-        counts = counts.index_add(0, places, torch.ones_like(places, dtype=wide.dtype)[:, None])
-    return wide - (sums / counts)[slot]
+    ordered, wide = ids.sort().values, widen(key)
+    sums, counts, _ = group_sums(wide, ids, ring)
+    # keys of an id that the batch has not go to one more place, where nobody looks
+    place, own = slots(ordered, queue_ids), slots(ordered, ids)
+    queued = wide.new_zeros(len(ids) + 1, key.shape[1]).index_add(0, place, widen(queue))
+    ones = torch.ones_like(place, dtype=wide.dtype)
+    counted = wide.new_zeros(len(ids) + 1).index_add(0, place, ones).unsqueeze(1)
+    return wide - (sums + queued[own]) / (counts + counted[own])
 
 
 def itm_loss(logits_positive: Tensor, logits_negative: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast._ring import Ring, join, whole_world
+from mmfast.distributed import ring_lse
 from mmfast.losses._terms import (
     Reduction,
     SameId,
     check_batch,
     check_ids,
-    check_one_process,
     check_options,
     check_rows,
     check_share,
@@ -65,7 +66,8 @@ def info_nce(
         k: keys [N, D] of the same dtype and device; k_i is the positive of q_i.
         logit_scale: multiplies the products (1 / temperature): a number or a tensor of one
             element, differentiable. A value inside a tensor is not checked: NaN flows through.
-        negatives: [M, D], extra columns shared by all rows, such as a queue.
+        negatives: [M, D], extra columns shared by all rows, such as a queue. With `group` those of
+            this rank's rows: give all ranks the same.
         hard_negatives: [N, H, D], extra columns of each row; H may be 0. O(N H D) memory.
         mixed: [N, D], stands in for k in every off-diagonal place; the positive stays k_i.
         ids: int64 [N], by default the row number. Rows with equal ids are duplicates.
@@ -73,7 +75,8 @@ def info_nce(
             positives: loss_i = lse over everything - mean of s_ij over {j: id_j = id_i}.
             "positive" cannot be joined with `mixed`, whose rows have no ids of their own.
         reduction: "mean", "sum" or "none".
-        group: a process group; only None for now.
+        group: a process group whose ranks share the batch, by the contract of
+            `mmfast.distributed`: every rank must call this, and the backward pass.
         backend: passed to `pairwise_lse`; None picks the fastest that can run.
 
     Returns:
@@ -85,7 +88,7 @@ def info_nce(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     who = "info_nce"
-    check_options(who, reduction, same_id, group)
+    check_options(who, reduction, same_id)
     q = check_rows(who, "q", q, ("N", "D"))
     n, d = q.shape
     like = ("q", q)
@@ -105,8 +108,12 @@ def info_nce(
                 "whose further positives are rows of k, not mixtures; expected mixed=None"
             )
 
-    columns, left_out = k if mixed is None else mixed, _left_out(ids, same_id, q)
-    off = pairwise_lse(q, columns, scale, q_ids=left_out, k_ids=left_out, backend=backend)
+    columns = k if mixed is None else mixed
+    options = (same_id, ids is None)
+    learns = {"q": q, "k": k, "mixed": columns, "logit_scale": scale}
+    ring = join(who, group, columns, learns, options, logit_scale=scale)
+    left_out = _left_out(ids, same_id, q, ring)
+    off, _ = ring_lse(ring, q, columns, scale, q_ids=left_out, k_ids=left_out, backend=backend)
     terms = [off]
     if negatives is not None:
         terms.append(pairwise_lse(q, negatives, scale, backend=backend))
@@ -117,10 +124,10 @@ def info_nce(
 
     wide_q, wide_k = widen(q), widen(k)
     loss = softplus(off - dot_rows(wide_q, wide_k, scale))
-    offset = target_offset(wide_k, ids, same_id, 0.0)
+    offset = target_offset(wide_k, ids, same_id, 0.0, ring)
     if offset is not None:
         loss = loss + dot_rows(wide_q, offset, scale)
-    return reduce(loss, reduction)
+    return reduce(loss, reduction, ring)
 
 
 def clip_loss(
@@ -152,7 +159,8 @@ def clip_loss(
         same_id: "exclude" leaves duplicates out of the negatives, "positive" shares the target
             evenly among them.
         reduction: "mean", "sum" or "none", over the B pairs.
-        group: a process group; only None for now.
+        group: a process group whose ranks share the batch, by the contract of
+            `mmfast.distributed`: every rank must call this, and the backward pass.
         backend: passed to `pairwise_lse`; None picks the fastest that can run.
 
     Returns:
@@ -164,41 +172,57 @@ def clip_loss(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     who = "clip_loss"
-    image, text, scale = check_batch(who, image, text, logit_scale, ids, reduction, group, same_id)
+    image, text, scale = check_batch(who, image, text, logit_scale, ids, reduction, same_id=same_id)
     check_share(who, "label_smoothing", label_smoothing)
 
-    left_out = _left_out(ids, same_id, image)
-    rows, columns = pairwise_lse(
-        image, text, scale, q_ids=left_out, k_ids=left_out, columns=True, backend=backend
+    options = (same_id, ids is None, label_smoothing)
+    learns = {"image": image, "text": text, "logit_scale": scale}
+    ring = join(who, group, text, learns, options, logit_scale=scale)
+    left_out = _left_out(ids, same_id, image, ring)
+    rows, columns = ring_lse(
+        ring, image, text, scale, q_ids=left_out, k_ids=left_out, columns=True, backend=backend
     )
     wide_image, wide_text = widen(image), widen(text)
     positive = dot_rows(wide_image, wide_text, scale)
     loss = softplus(rows - positive) + softplus(columns - positive)
     for anchor, target in ((wide_image, wide_text), (wide_text, wide_image)):
-        offset = target_offset(target, ids, same_id, label_smoothing)
+        offset = target_offset(target, ids, same_id, label_smoothing, ring)
         if offset is not None:
             loss = loss + dot_rows(anchor, offset, scale)
-    return reduce(0.5 * loss, reduction)
+    return reduce(0.5 * loss, reduction, ring)
 
 
-def _left_out(ids: Tensor | None, same_id: SameId, q: Tensor) -> Tensor:
+def _left_out(ids: Tensor | None, same_id: SameId, q: Tensor, ring: Ring | None) -> Tensor:
     # as further positives duplicates stay in the sum, and only the row's own pair is left out
-    return ids_or_rows(ids if same_id == "exclude" else None, q)
+    return ids_or_rows(ids if same_id == "exclude" else None, q, ring)
 
 
 class ClipLoss(nn.Module):
-    """`clip_loss` with the signature of open_clip's ClipLoss, for one process.
+    """`clip_loss` with the signature of open_clip's ClipLoss, over the default process group.
+
+    Under DistributedDataParallel every gradient is that of one process with the whole batch, and
+    the value is the rank's own mean, whatever the flags. open_clip 3.3.0 (and this) by flags, W
+    ranks with equal batches:
+
+        local_loss  gather_with_grad  value of a rank   its gradient of the features
+        False       False             of whole batch    1 / W of this
+        False       True              of whole batch    the same
+        True        False             own mean          lacks all terms in which the features are
+                                                        another's columns, its own rows' included
+        True        True              own mean          the same
+
+    The gradient of the scale is the same in all four, after DDP's averaging.
 
     Args:
-        local_loss, gather_with_grad, cache_labels: accepted as open_clip's are. They choose how
-            ranks share their work and how labels are kept: with one process, and with no
-            labels to keep, they change nothing.
+        local_loss, gather_with_grad, cache_labels: accepted as open_clip's are, and without effect:
+            ranks share their work in one way, and there are no labels to keep.
         rank: number of this process.
-        world_size: number of processes; only 1 for now.
+        world_size: number of processes. From 2 on torch.distributed must be initialised at the
+            first call.
         use_horovod: only False.
 
     Raises:
-        ValueError: world_size is not 1, or use_horovod is set.
+        ValueError: use_horovod is set. At a call: torch.distributed has another rank or size.
     """
 
     def __init__(
@@ -211,7 +235,6 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        check_one_process("ClipLoss", world_size)
         if use_horovod:
             raise ValueError(
                 "ClipLoss: use_horovod must be False, got True; Horovod is not supported"
@@ -237,7 +260,8 @@ class ClipLoss(nn.Module):
         the loss, and a learnable one gets a gradient of 0.
         With output_dict=True the result is {"contrastive_loss": loss}.
         """
-        loss = clip_loss(image_features, text_features, logit_scale)
+        group = whole_world("ClipLoss", self.rank, self.world_size)
+        loss = clip_loss(image_features, text_features, logit_scale, group=group)
         if isinstance(logit_bias, Tensor):
             # part of the graph, so that DistributedDataParallel does not wait for its gradient
             loss = loss + 0.0 * logit_bias.sum().to(loss.dtype)

@@ -46,7 +46,8 @@ def m3_mix_loss(
     """clip_loss + w(e) * (weighted V-Mix, L-Mix, VL-Mix and m2-Mix), each with a lam of its own.
 
     Args:
-        image, text, reduction, group, backend: as in `m2_mix_loss`.
+        image, text, reduction, backend: as in `m2_mix_loss`.
+        group: only None for now, as in `v_mix_loss`.
         logit_scale: of all terms but m2-Mix.
         m2_logit_scale: of m2-Mix; 1 / 0.07 in the published scripts.
         weights: by kind, of "v", "l", "vl", "m2"; a kind that is missing or 0 is not computed.

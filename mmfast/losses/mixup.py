@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast._ring import join
+from mmfast.distributed import ring_lse
 from mmfast.losses._terms import (
     Reduction,
     check_batch,
@@ -71,7 +73,9 @@ def m2_mix_loss(
         ids: int64 [B], by default the row number. Rows with equal ids are duplicates: the mixture
             of one is no negative of another.
         reduction: "mean", "sum" or "none", over the B pairs.
-        group: a process group; only None for now.
+        group: a process group whose ranks share the batch, by the contract of
+            `mmfast.distributed`: every rank must call this, and the backward pass. `lam` must be
+            alike on all of them.
         backend: passed to `slerp` and `pairwise_lse`; None picks the fastest that can run.
 
     Returns:
@@ -83,16 +87,20 @@ def m2_mix_loss(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     who = "m2_mix_loss"
-    image, text, scale = check_batch(who, image, text, logit_scale, ids, reduction, group)
+    image, text, scale = check_batch(who, image, text, logit_scale, ids, reduction)
     lam = as_scale(who, image, lam, "lam")
-    mixed, left_out = slerp(image, text, lam, backend=backend), ids_or_rows(ids, image)
+    mixed, options = slerp(image, text, lam, backend=backend), (ids is None,)
+    learns = {"image": image, "text": text, "logit_scale": scale, "lam": lam}
+    ring = join(who, group, mixed, learns, options, logit_scale=scale, lam=lam)
+    left_out = ids_or_rows(ids, image, ring)
     both = torch.cat([image, text])
-    off = pairwise_lse(
-        both, mixed, scale, q_ids=left_out.repeat(2), k_ids=left_out, backend=backend
+    off, _ = ring_lse(
+        ring, both, mixed, scale, q_ids=left_out.repeat(2), k_ids=left_out, backend=backend
     )
     off_image, off_text = off.chunk(2)
     positive = row_scores(image, text, scale)
-    return reduce(softplus(off_image - positive) + softplus(off_text - positive), reduction)
+    loss = softplus(off_image - positive) + softplus(off_text - positive)
+    return reduce(loss, reduction, ring)
 
 
 def v_mix_loss(
@@ -115,7 +123,7 @@ def v_mix_loss(
     batch partners are random.
 
     Args:
-        image, text, logit_scale, reduction, group, backend: as in `m2_mix_loss`.
+        image, text, logit_scale, reduction, backend: as in `m2_mix_loss`.
         lam: the share of row i in its mixture with row i'. Published: one draw a batch.
         ids: int64 [B], by default the row number. Rows with equal ids share their part of the
             target evenly, as same_id="positive" of `clip_loss` does. They cannot be left out: the
@@ -123,6 +131,7 @@ def v_mix_loss(
         original_neg: only the targets' own scores, (i, i) and (i, i'), are those of mixtures; all
             others are s(u_i, v_j). An option of the published code. Cannot be joined with `ids`,
             whose further targets would be negatives that are not mixed.
+        group: only None for now: partners of a batch on several ranks would have to meet.
 
     Returns, Raises: as in `m2_mix_loss`.
     """

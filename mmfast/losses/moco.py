@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmfast._ring import join
 from mmfast.losses._momentum import KeyQueue, check_size, follow, random_keys, slow_copy
 from mmfast.losses._terms import (
     Reduction,
@@ -241,8 +242,7 @@ class MoCoLoss(nn.Module):
 
     In training a call moves the momentum encoder first, key <- m key + (1 - m) query, and enqueues
     the batch's keys last, as published. In evaluation it does neither. Buffers of the encoder, such
-    as running statistics, are its own in each copy. Keys of one process are not shared with others,
-    and batches are not shuffled among them.
+    as running statistics, are its own in each copy. Batches are not shuffled among processes.
 
     Args:
         encoder: maps a batch to [B, width]; rows are normalised here. A deep copy becomes the
@@ -251,6 +251,9 @@ class MoCoLoss(nn.Module):
         queue_size: number of keys kept; any, also one that is no multiple of the batch.
         momentum: m, in [0, 1).
         temperature: as in `moco_loss`.
+        group: a process group whose ranks share the batch, by the contract of
+            `mmfast.distributed`: the keys of all are enqueued, so that queues stay alike where
+            they, and the encoders, start alike. None keeps each process to itself.
 
     Raises:
         ValueError, TypeError: a number that does not fit.
@@ -264,6 +267,7 @@ class MoCoLoss(nn.Module):
         *,
         momentum: float = 0.999,
         temperature: float = 0.07,
+        group: Any = None,
     ) -> None:
         super().__init__()
         check_share("MoCoLoss", "momentum", momentum)
@@ -274,6 +278,7 @@ class MoCoLoss(nn.Module):
         self.queue = KeyQueue(random_keys(queue_size, width))
         self.momentum = momentum
         self.temperature = temperature
+        self.group = group
 
     def forward(self, query: Any, key: Any) -> Tensor:
         """The loss of a batch: two views of its samples, one for each encoder."""
@@ -282,7 +287,8 @@ class MoCoLoss(nn.Module):
             if self.training:
                 follow(self.key_encoder, self.encoder, self.momentum)
             k = F.normalize(self.key_encoder(key), dim=1)
-        loss = moco_loss(q, k, self.queue.snapshot(q), self.temperature)
+        terms = moco_loss(q, k, self.queue.snapshot(q), self.temperature, reduction="none")
+        ring = join("MoCoLoss", self.group, k)
         if self.training:
-            self.queue.push(k)
-        return loss
+            self.queue.push(k if ring is None else torch.cat(ring.gather("keys", k)))
+        return reduce(terms, "mean", ring)

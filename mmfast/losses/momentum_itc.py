@@ -4,10 +4,13 @@ Source: Li et al., Align before Fuse: Vision and Language Representation Learnin
 Distillation, NeurIPS 2021, and its code, github.com/salesforce/ALBEF.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast._ring import join
 from mmfast.losses._momentum import KeyQueue, check_size, follow, random_keys, slow_copy
 from mmfast.losses._terms import check_number, check_share
 from mmfast.losses.albef import itc_loss
@@ -26,7 +29,7 @@ class MomentumITC(nn.Module):
         image, text = model(batch)
         loss = itc(image, text, image_m, text_m)
 
-    A state_dict resumes all of it exactly. Keys of one process are not shared with others.
+    A state_dict resumes all of it exactly.
 
     Args:
         model: any Module; `slow` becomes a deep copy of it. It stays the caller's: its parameters
@@ -42,6 +45,9 @@ class MomentumITC(nn.Module):
         alpha: the teacher's share of the target, in [0, 1].
         ramp: the number of training calls over which that share grows from 0, evenly. Published:
             those of the first epoch.
+        group: a process group whose ranks share the batch, as in `itc_loss`: the keys of all are
+            enqueued, so that queues stay alike where they, and the encoders, start alike. None
+            keeps each process to itself.
 
     Raises:
         ValueError, TypeError: a number that does not fit.
@@ -60,6 +66,7 @@ class MomentumITC(nn.Module):
         limits: tuple[float, float] | None = (0.001, 0.5),
         alpha: float = 0.4,
         ramp: int = 0,
+        group: Any = None,
     ) -> None:
         super().__init__()
         who = "MomentumITC"
@@ -81,6 +88,7 @@ class MomentumITC(nn.Module):
         self.limits = limits
         self.alpha = alpha
         self.ramp = ramp
+        self.group = group
 
     def follow(self, model: nn.Module) -> nn.Module:
         """`slow`, in training moved towards `model`: once a step, before it encodes the batch."""
@@ -125,11 +133,15 @@ class MomentumITC(nn.Module):
             self.share(),
             image_ids=image_ids,
             queue_ids=None if image_ids is None else self.id_queue.rows,
+            group=self.group,
         )
         if self.training:
-            self.image_queue.push(image_m)
-            self.text_queue.push(text_m)
             nobody = torch.full((len(image),), NO_IMAGE, device=image.device)
-            self.id_queue.push(nobody if image_ids is None else image_ids)
+            keys = (image_m, text_m, nobody if image_ids is None else image_ids)
+            ring = join("MomentumITC", self.group, image_m)
+            for queue, own in zip(
+                (self.image_queue, self.text_queue, self.id_queue), keys, strict=True
+            ):
+                queue.push(own if ring is None else torch.cat(ring.gather("keys", own.detach())))
             self.step.add_(1)
         return loss

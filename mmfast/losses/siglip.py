@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmfast._ring import join, whole_world
+from mmfast.distributed import ring_softplus
 from mmfast.losses._terms import (
     SameId,
     check_batch,
-    check_one_process,
     dot_rows,
     group_sums,
     ids_or_rows,
@@ -28,7 +29,6 @@ from mmfast.losses._terms import (
     widen,
 )
 from mmfast.ops._inputs import as_scale
-from mmfast.ops.pairwise_softplus import pairwise_softplus
 
 
 def siglip_loss(
@@ -53,7 +53,8 @@ def siglip_loss(
         ids: int64 [B], by default the row number. Rows with equal ids are duplicates.
         same_id: "exclude" leaves pairs of duplicates out, "positive" makes of each a pair that
             belongs together; the divisor is B in either case.
-        group: a process group; only None for now.
+        group: a process group whose ranks share the batch, by the contract of
+            `mmfast.distributed`: every rank must call this, and the backward pass.
         backend: passed to `pairwise_softplus`; None picks the fastest that can run.
 
     Returns:
@@ -65,36 +66,44 @@ def siglip_loss(
         RuntimeError: `backend` cannot run here; the message says why.
     """
     who = "siglip_loss"
-    image, text, scale = check_batch(who, image, text, logit_scale, ids, "sum", group, same_id)
+    image, text, scale = check_batch(who, image, text, logit_scale, ids, "sum", same_id=same_id)
     bias = as_scale(who, image, logit_bias, "logit_bias")
 
-    left_out = ids_or_rows(ids if same_id == "exclude" else None, image)
-    others = pairwise_softplus(
-        image, text, scale, bias, q_ids=left_out, k_ids=left_out, backend=backend
+    options, numbers = (same_id, ids is None), {"logit_scale": scale, "logit_bias": bias}
+    ring = join(who, group, text, {"image": image, "text": text, **numbers}, options, **numbers)
+    left_out = ids_or_rows(ids if same_id == "exclude" else None, image, ring)
+    others = ring_softplus(
+        ring, image, text, scale, bias, q_ids=left_out, k_ids=left_out, backend=backend
     )
     positives = row_scores(image, text, scale) + bias
     total = others + softplus(-positives).sum()
     if ids is not None and same_id == "positive":
         # softplus(-s) = softplus(s) - s for the pairs of duplicates, which were summed as others
         text = widen(text)
-        sums, sizes, _ = group_sums(text, ids)
+        sums, sizes, _ = group_sums(text, ids, ring)
         duplicates = (sums - text).masked_fill(sizes == 1, 0.0)
         total = total - dot_rows(widen(image), duplicates, scale).sum() - bias * (sizes - 1).sum()
-    return total / len(image)
+    return total / (len(image) if ring is None else ring.total / ring.size)
 
 
 class SigLipLoss(nn.Module):
-    """`siglip_loss` with the signature of open_clip's SigLipLoss, for one process.
+    """`siglip_loss` with the signature of open_clip's SigLipLoss, over the default process group.
+
+    Under DistributedDataParallel every gradient is that of one process with the whole batch, as
+    open_clip's is; a rank's value is that of its own images, as there.
 
     Args:
         cache_labels: accepted as open_clip's is; there are no labels to keep.
         rank: number of this process.
-        world_size: number of processes; only 1 for now.
+        world_size: number of processes. From 2 on torch.distributed must be initialised at the
+            first call.
         dist_impl: how open_clip's ranks exchange their texts: "bidir", "shift", "reduce" or
-            "gather". With one process it changes nothing.
+            "gather". They differ in what they send, not in the result, and here nothing
+            depends on it.
 
     Raises:
-        ValueError: world_size is not 1, or dist_impl is another word.
+        ValueError: dist_impl is another word. At a call: torch.distributed has another rank or
+            size.
     """
 
     def __init__(
@@ -105,7 +114,6 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
     ) -> None:
         super().__init__()
-        check_one_process("SigLipLoss", world_size)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(
                 "SigLipLoss: dist_impl must be None, 'bidir', 'shift', 'reduce' or 'gather', "
@@ -129,5 +137,6 @@ class SigLipLoss(nn.Module):
         With output_dict=True the result is {"contrastive_loss": loss}.
         """
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = siglip_loss(image_features, text_features, logit_scale, bias)
+        group = whole_world("SigLipLoss", self.rank, self.world_size)
+        loss = siglip_loss(image_features, text_features, logit_scale, bias, group=group)
         return {"contrastive_loss": loss} if output_dict else loss
