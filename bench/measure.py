@@ -187,12 +187,12 @@ def resident_growth(call: Callable[[], Any]) -> tuple[Any, float | None]:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return call(), None
-    before = _status_mb("VmRSS")
+    before = status_mb("VmRSS")
     result = call()
-    return result, max(0.0, _status_mb("VmHWM") - before)
+    return result, max(0.0, status_mb("VmHWM") - before)
 
 
-def _status_mb(key: str) -> float:
+def status_mb(key: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024 / 1e6

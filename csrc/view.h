@@ -17,6 +17,17 @@ struct View {
   T& at(long i, long j = 0) const {
     return static_cast<T*>(data)[i * row_stride + j * col_stride];
   }
+  // At most `count` rows, from `begin` on.
+  View some_rows(long begin, long count) const {
+    const long bytes = type == Type::f64 || type == Type::i64   ? 8
+                       : type == Type::f32 || type == Type::i32 ? 4
+                       : type == Type::b8                       ? 1
+                                                                : 2;
+    View part = *this;
+    part.data = static_cast<char*>(data) + begin * row_stride * bytes;
+    part.rows = rows - begin < count ? rows - begin : count;
+    return part;
+  }
   View transposed() const { return {data, cols, rows, col_stride, row_stride, type}; }
 };
 

@@ -25,6 +25,8 @@ _spec.loader.exec_module(sys.modules["bench"])
 
 from bench import (  # noqa: E402 (needs the package loaded above)
     compare,
+    large_statistics,
+    machine,
     peers,
     peers_losses,
     report,
@@ -616,3 +618,17 @@ def test_table_columns_are_aligned():
     lines = report.table(["a", "long head"], [["1", "2"], ["333", "4"]]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1] == "| --- | --------- |"
+
+
+@pytest.mark.skipif(machine.core is None, reason=machine.NO_CORE)
+def test_large_statistics_are_those_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "probe", lambda *_: {"own tile": 50.0, "torch.mm": 40.0})
+    rows = large_statistics.write(tmp_path / "rows.npy", 300, 8)
+    found = large_statistics.measure(rows)
+    products = torch.from_numpy(rows).double() @ torch.from_numpy(rows).double().T
+    pairs = products[torch.ones_like(products, dtype=torch.bool).triu(1)]
+    assert found["pairs"] == len(pairs)
+    assert found["mean"] == pytest.approx(pairs.mean().item(), abs=1e-6)
+    assert found["std"] == pytest.approx(pairs.std().item(), abs=1e-6)
+    assert found["gflops"] * found["seconds"] * 1e9 == pytest.approx(300**2 * 8)
+    assert found["percent_of_peak"] == pytest.approx(2 * found["gflops"])

@@ -77,6 +77,29 @@ def test_relative_alignment_golden(case, level_backend):
     assert unit.item() == pytest.approx(loss.item(), abs=1e-12)
 
 
+LALIGN = [case for case in CASES if case.startswith("rel_lalign_")]
+
+
+@pytest.mark.parametrize("case", LALIGN)
+def test_options_of_the_published_relative_alignment(case):
+    """It writes 10,000 in the place of own pairs and goes on as if that were a distance: where it
+    takes the mean of a row (k = -1) or the k largest, that number is most of the value. Only the
+    nearest one (k = 1) is free of it."""
+    text, image = (torch.from_numpy(GOLDEN[f"{case}.{name}"]) for name in ("first", "second"))
+    kind, k = case.split("_")[2], int(case.split("_")[3][1:])
+    squares = torch.cdist(text, image).square()
+    positive, others = squares.diagonal(), squares.clone().fill_diagonal_(10_000)
+    if k == 1:
+        negative = others.amin(1)
+        found = relative_alignment(text, image, normalize=False)
+        assert found.item() == pytest.approx((positive - negative).mean().item(), abs=1e-12)
+    else:
+        negative = others.mean(1) if k == -1 else others.topk(k, dim=1).values.mean(1)
+        assert negative.min() > 10_000 / max(k, len(text)) - 1e-9
+    published = positive - negative if kind == "diff" else positive / negative
+    assert GOLDEN[f"{case}.loss"].item() == pytest.approx(published.mean().item(), rel=1e-9)
+
+
 def test_gap_golden():
     x, y = (GAP[f"synth_n100_D24.{name}"] for name in "xy")
     gap = modality_gap(x, y)

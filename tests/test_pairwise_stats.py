@@ -181,6 +181,26 @@ def test_blocks_add_up_to_the_whole(both):
                               "edges": whole.edges.numpy()})  # fmt: skip
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["one set", "two sets"])
+def test_more_rows_than_are_packed_at_once(both):
+    # of 64 * 192; equal extremes on both sides of the border
+    x = torch.randint(-3, 4, (12_600, 2), generator=torch.Generator().manual_seed(0)).float()
+    x[[100, 12_400]] = 5
+    y = x[:300].flip(0) if both else None
+    whole = pairwise_stats(x, y, backend="cpp")
+    a, b = x.split([7000, 5600])
+    parts = [
+        pairwise_stats(a, y, backend="cpp"),
+        pairwise_stats(b, y, row_offset=7000, backend="cpp"),
+    ]
+    if not both:
+        parts.append(pairwise_stats(a, b, column_offset=7000, backend="cpp"))
+    want = functools.reduce(PairwiseStats.merge, parts)
+    assert_same(whole, {**vars(want), "histogram": want.histogram.numpy(),
+                        "edges": want.edges.numpy()})  # fmt: skip
+    assert whole.argmax == ((100, 199) if both else (100, 12_400))
+
+
 def test_spread_beside_a_large_mean(level_backend):
     # cosines of a cone as narrow as that of a deep random network: about 1 - 1e-5
     wide = unit_rows(1, 64, dtype=torch.float64) + 3e-4 * unit_rows(300, 64, seed=2)

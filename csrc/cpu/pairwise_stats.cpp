@@ -2,8 +2,8 @@
 // <x_i, y_j>, or of those with i < j of one set, where tiles below the diagonal are not made.
 //   products in the type of the scores; power sums of a visit in double, visits added in one order;
 //   counts exact
-// A tile of products is stored where the first cache holds it, and read twice: for sums and
-// extremes, and for the histogram.
+// A tile of products is stored where the first cache holds it, and read for sums, for extremes and
+// for the histogram.
 #include <limits>
 
 #include "sweep.h"
@@ -22,23 +22,18 @@ inline Vec<double> in_double(const float* x) {
 #endif
 }
 
-// The products of a tile, row by row; NaN in the place of one that is left out.
-template <class T>
+// The products of as many rows as the arithmetic takes at a time; NaN in the place of one that is
+// left out.
+template <class P>
 struct Tile {
-  static constexpr long kCols = kTileCols<T>, kSize = kTileRows * kCols;
+  using T = typename P::Scalar;
+  static constexpr long kRows = P::kRows, kCols = kTileCols<T>, kSize = kRows * kCols;
   alignas(kVectorBytes) T at[kSize];
 
-  [[gnu::always_inline]] void put(const Sums<T>& s) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) store(at + r * kCols + v * kWidth<T>, s[r][v]);
-    }
-  }
   // Of each row r, those outside of the columns [first(r), end).
   template <class First>
   void leave_out(long rows, First first, long end) {
-    for (long r = 0; r < kTileRows; ++r) {
+    for (long r = 0; r < kRows; ++r) {
       for (long c = 0; c < kCols; ++c) {
         if (r >= rows || c < first(r) || c >= end) at[r * kCols + c] = kNan;
       }
@@ -48,27 +43,25 @@ struct Tile {
 };
 
 // What is said of the products of one visit.
-template <class T>
+template <class P>
 struct Visit {
+  using T = typename P::Scalar;
+
   Vec<double> powers[4] = {};  // added up lane by lane
   int64_t count = 0;
   Extreme least{kInf<double>, -1, -1}, largest{-kInf<double>, -1, -1};
 
-  void add(const Tile<T>& tile, bool some, double pivot, long i, long j) {
-    if (some || !sums<false>(tile, pivot)) sums<true>(tile, pivot);
+  void add(const Tile<P>& tile, bool some, double pivot, long i, long j) {
     Vec<T> low = broadcast(kInf<T>), high = -low;
-    for (long c = 0; c < Tile<T>::kSize; c += kWidth<T>) {
-      low = smaller<T>(load<T>(tile.at + c), low);
-      high = larger<T>(load<T>(tile.at + c), high);
-    }
+    if (some || !sums<false>(tile, pivot, low, high)) sums<true>(tile, pivot, low, high);
     // equal ones matter where this tile may have the earlier place
     const Extreme first{least.value, i, j}, last{largest.value, i, j};
     const Vec<T> least_yet = broadcast(T(least.value)), largest_yet = broadcast(T(largest.value));
     if (any<T>(before(first, least, 1) ? low <= least_yet : low < least_yet)) {
-      offer(tile, least, 1, i, j);
+      offer(tile, -largest_lane<T>(-low), least, 1, i, j);
     }
     if (any<T>(before(last, largest, -1) ? high >= largest_yet : high > largest_yet)) {
-      offer(tile, largest, -1, i, j);
+      offer(tile, largest_lane<T>(high), largest, -1, i, j);
     }
   }
 
@@ -82,12 +75,16 @@ struct Visit {
  private:
   // False, and nothing added, if a product may be NaN; then kSome leaves those out.
   template <bool kSome>
-  bool sums(const Tile<T>& tile, double pivot) {
+  bool sums(const Tile<P>& tile, double pivot, Vec<T>& low, Vec<T>& high) {
     // two of each: an addition need not wait for the one before
-    constexpr long kStep = kWidth<double>, kSize = Tile<T>::kSize;
+    constexpr long kStep = kWidth<double>, kSize = Tile<P>::kSize;
     Vec<double> sums[4][2] = {};
     int64_t numbers = 0;
     for (long c = 0; c < kSize; c += 2 * kStep) {
+      for (long v = c; v < c + 2 * kStep; v += kWidth<T>) {
+        low = smaller<T>(load<T>(tile.at + v), low);
+        high = larger<T>(load<T>(tile.at + v), high);
+      }
 #pragma GCC unroll 2
       for (int u = 0; u < 2; ++u) {
         const Vec<double> x = in_double(tile.at + c + u * kStep);
@@ -111,27 +108,32 @@ struct Visit {
     return true;
   }
 
-  static void offer(const Tile<T>& tile, Extreme& best, double sign, long i, long j) {
-    for (long r = 0; r < kTileRows; ++r) {
-      for (long c = 0; c < Tile<T>::kCols; ++c) {
-        const Extreme other{tile.at[r * Tile<T>::kCols + c], i + r, j + c};
-        if (before(other, best, sign)) best = other;
+  // The first product of the tile that is `value`, the most extreme of them.
+  static void offer(const Tile<P>& tile, T value, Extreme& best, double sign, long i, long j) {
+    for (long c = 0; c < Tile<P>::kSize; c += kWidth<T>) {
+      if (const unsigned here = bits_of<T>(load<T>(tile.at + c) == value)) {
+        const long at = c + __builtin_ctz(here);
+        const Extreme found{value, i + at / Tile<P>::kCols, j + at % Tile<P>::kCols};
+        if (before(found, best, sign)) best = found;
+        return;
       }
     }
   }
 };
 
-// A thread's own histogram. Slot 0 is below the edges, the last but one above, the last is for NaN.
+// A thread's own histogram. Slot 0 is below the edges; the last one is above, and takes NaN, too.
 // Neighbouring products count in tables of their own: increments of one place that follow each
-// other would each wait for the one before.
-template <class T>
-class Histogram {
+// other would each wait for the one before. No two threads write one line.
+template <class P>
+class alignas(64) Histogram {
  public:
-  static constexpr int kTables = std::min<int>(8, kTileCols<T>);
+  using T = typename P::Scalar;
+  static constexpr long kCols = Tile<P>::kCols;
+  static constexpr int kTables = std::min<int>(8, kCols);
 
   explicit Histogram(const View& edges)
       : bins_(edges.rows - 1),
-        slots_(bins_ + 3),
+        slots_(bins_ + 2),
         edges_(bins_ + 1),
         counts_(kTables * slots_),
         totals_(slots_) {
@@ -139,21 +141,21 @@ class Histogram {
     std::fill_n(static_cast<uint32_t*>(counts_), kTables * slots_, 0);
     std::fill_n(static_cast<int64_t*>(totals_), slots_, 0);
     const double low = edges_[0], high = edges_[bins_], by = bins_ / (high - low);
+    const double doubt = (bins_ + std::max(std::abs(low), std::abs(high)) * by) * 4 *
+                         std::numeric_limits<T>::epsilon();
     norm_ = T(by);
-    shift_ = T(1 - low * by);
-    doubt_ = T((bins_ + std::max(std::abs(low), std::abs(high)) * by) * 4 *
-               std::numeric_limits<T>::epsilon());
+    shift_ = T(1 - low * by + doubt);
+    doubt_ = T(2 * doubt);
   }
 
-  void add(const Tile<T>& tile) {
-    constexpr long kCols = Tile<T>::kCols;
-    Int slots[kCols];
+  void add(const Tile<P>& tile) {
     if (held_ > (uint32_t{1} << 31)) flush();
-    held_ += Tile<T>::kSize;
-    for (long r = 0; r < kTileRows; ++r) {
-      const T* x = tile.at + r * kCols;
-      if (!find(x, slots)) {
-        for (long c = 0; c < kCols; ++c) slots[c] = slot_of(x[c]);
+    held_ += Tile<P>::kSize;
+    Int slots[kCols];
+    for (const T* x = tile.at; x < tile.at + Tile<P>::kSize; x += kCols) {
+      for (uint64_t doubtful = find(x, slots); doubtful != 0; doubtful &= doubtful - 1) {
+        const int c = __builtin_ctzll(doubtful);
+        slots[c] = slot_of(x[c]);
       }
       for (long c = 0; c < kCols; c += kTables) {
 #pragma GCC unroll 8
@@ -165,37 +167,32 @@ class Histogram {
   // Into counts [bins + 2].
   void finish(const View& counts) {
     flush();
-    for (long b = 0; b < bins_ + 2; ++b) counts.at<int64_t>(b) += totals_[b];
+    for (long b = 0; b < slots_; ++b) counts.at<int64_t>(b) += totals_[b];
   }
 
  private:
   using Int = typename Simd<T>::Int;
 
-  // Slots of a row by one multiplication. False if one is so near an edge that rounding may have
-  // moved it across.
-  bool find(const T* x, Int* slots) const {
-    // adding 1.5 * 2^23 rounds to an integer
-    constexpr T kMagic = sizeof(T) == 8 ? 6755399441055744.0 : 12582912.0;
-    Ints<T> doubtful = {};
-    for (long c = 0; c < Tile<T>::kCols; c += kWidth<T>) {
-      const Vec<T> value = load<T>(x + c);
-      Vec<T> at = larger<T>(value * norm_ + shift_, broadcast(T(0.5)));
-      at = smaller<T>(at, broadcast(bins_ + T(1.5)));
-      at = select<T>(value == value, at, broadcast(bins_ + T(2.5)));
-      const Vec<T> off = at - ((at + kMagic) - kMagic);
-      doubtful |= larger<T>(off, -off) <= doubt_;
-      *reinterpret_cast<typename Simd<T>::LooseInts*>(slots + c) =
-          __builtin_convertvector(at, Ints<T>);
+  // Slots of a row by one multiplication. A bit for each that is so near an edge that rounding may
+  // have moved it across.
+  uint64_t find(const T* x, Int* slots) const {
+    uint64_t doubtful = 0;
+    for (long c = 0; c < kCols; c += kWidth<T>) {
+      Vec<T> at = smaller<T>(load<T>(x + c) * norm_ + shift_, broadcast(bins_ + T(1.5)));
+      at = larger<T>(at, broadcast(T(0.5)));
+      const Ints<T> slot = __builtin_convertvector(at, Ints<T>);
+      const Vec<T> off = at - __builtin_convertvector(slot, Vec<T>);
+      doubtful |= uint64_t{bits_of<T>(off < doubt_)} << c;
+      *reinterpret_cast<typename Simd<T>::LooseInts*>(slots + c) = slot;
     }
-    return !any<T>(doubtful);
+    return doubtful;
   }
 
   // By the edges themselves, as numpy.histogram has it: from a guess that is off by at most one.
   long slot_of(T value) const {
     const double x = value;
-    if (x != x) return bins_ + 2;
     if (x < edges_[0]) return 0;
-    if (!(x < edges_[bins_])) return x > edges_[bins_] ? bins_ + 1 : bins_;
+    if (!(x < edges_[bins_])) return x == edges_[bins_] ? bins_ : bins_ + 1;
     long b = std::min(std::max<long>(long(T(x) * norm_ + shift_), 1), bins_);
     b += x >= edges_[b];
     b -= x < edges_[b - 1];
@@ -215,67 +212,99 @@ class Histogram {
   T norm_, shift_, doubt_;
 };
 
+// A side of this many rows or fewer is packed at once. Of more, a block of them for each block of
+// the other side: memory does not grow with them, and each is read once for so many pairs that it
+// costs little.
+constexpr long kPacked = 64 * kBlock;
+
 template <class P>
-PairStats stats(const View& x, const View& y, bool distinct, const View& edges, double pivot,
-                const View& counts, const Run& run) {
-  using T = typename P::Scalar;
-  constexpr long kCols = kTileCols<T>;
-  const Cut lanes(x.rows), groups(y.rows);
-  const Scores<P> scores(x, y, false, run);
-  // two blocks of rows while a panel of y is near
-  const long height = std::max(lanes.width, 2 * kBlock);
-  std::vector<std::pair<long, long>> order;
-  for (long begin = 0; begin < x.rows; begin += height) {
-    for (long group = 0; group < groups.count; ++group) {
-      if (!distinct || groups.end(group) > begin + 1) order.emplace_back(begin, group);
-    }
+class Statistics {
+ public:
+  Statistics(const View& edges, double pivot, const Run& run) : pivot_(pivot), run_(run) {
+    for (int t = 0; edges && t < run.threads; ++t) histograms_.emplace_back(edges);
   }
-  std::vector<Visit<T>> visits(order.size());
-  std::vector<Histogram<T>> histograms;
-  for (int t = 0; edges && t < run.threads; ++t) histograms.emplace_back(edges);
-  for_each(order.size(), run, [&](long turn, int thread) {
-    const TileRegisters<P> held;
-    const auto [begin, group] = order[turn];
-    Visit<T> visit;
-    Tile<T> tile;
-    for (long j = groups.begin(group); j < groups.end(group); j += kCols) {
-      // rows from the last column on have no pair in this strip
-      const long last = distinct ? j + kCols - 1 : x.rows, width = y.rows - j;
-      const long end = std::min({begin + height, x.rows, last});
-      for (long i = begin; i < end; i += kBlock) {
-        const long count = std::min(kBlock, end - i);
-        const auto each = [&](long r, Sums<T>& s) __attribute__((always_inline)) {
-          tile.put(s);
-          const long rows = count - r, diagonal = distinct ? i + r + 1 - j : -kTileRows;
-          const bool some = rows < kTileRows || width < kCols || diagonal + kTileRows > 1;
-          if (some) tile.leave_out(rows, [&](long u) { return diagonal + u; }, width);
-          visit.add(tile, some, pivot, i + r, j);
-          if (edges) histograms[thread].add(tile);
-          return true;
-        };
-        scores.tiles(i, count, j, each, each);
+
+  // All pairs of x and y, or those with i < j of one set.
+  void add(const View& x, const View& y, bool distinct) {
+    for (long i = 0; i < x.rows; i += kPacked) {
+      for (long j = distinct ? i : 0; j < y.rows; j += kPacked) {
+        add_block(x.some_rows(i, kPacked), y.some_rows(j, kPacked), distinct && i == j, i, j);
       }
     }
-    visits[turn] = visit;
-  });
-  PairStats all{{}, {kInf<double>, -1, -1}, {-kInf<double>, -1, -1}};
-  int64_t count = 0;
-  for (const Visit<T>& visit : visits) {
-    for (int p = 0; p < 4; ++p) all.powers[p] += sum_of_lanes<double>(visit.powers[p]);
-    count += visit.count;
-    if (Visit<T>::before(visit.least, all.least, 1)) all.least = visit.least;
-    if (Visit<T>::before(visit.largest, all.largest, -1)) all.largest = visit.largest;
   }
-  for (long b = 0; b < counts.rows; ++b) counts.at<int64_t>(b) = edges ? 0 : count;
-  for (Histogram<T>& histogram : histograms) histogram.finish(counts);
-  return all;
-}
+
+  // Writes counts, returns the rest.
+  PairStats finish(const View& counts) {
+    for (long b = 0; b < counts.rows; ++b) {
+      counts.at<int64_t>(b) = histograms_.empty() ? count_ : 0;
+    }
+    for (Histogram<P>& histogram : histograms_) histogram.finish(counts);
+    // what the last slot took that is no number
+    int64_t others = -count_;
+    for (long b = 0; b < counts.rows; ++b) others += counts.at<int64_t>(b);
+    counts.at<int64_t>(counts.rows - 1) -= others;
+    return all_;
+  }
+
+ private:
+  static constexpr long kRows = Tile<P>::kRows, kCols = Tile<P>::kCols;
+  // rows that stay in the second cache while panels of y pass by
+  static constexpr long kNear = 2 * kBlock * P::kPack;
+
+  // Rows of x and y that stand `row` and `column` further down in the whole.
+  void add_block(const View& x, const View& y, bool distinct, long row, long column) {
+    const Cut groups(y.rows);
+    const Scores<P> scores(x, y, false, run_);
+    std::vector<std::pair<long, long>> order;
+    for (long top = 0; top < x.rows; top += kNear) {
+      for (long group = 0; group < groups.count; ++group) {
+        if (!distinct || groups.end(group) > top + 1) order.emplace_back(top, group);
+      }
+    }
+    std::vector<Visit<P>> visits(order.size());
+    for_each(order.size(), run_, [&](long turn, int thread) {
+      const TileRegisters<P> held;
+      const auto [top, group] = order[turn];
+      Visit<P> visit;
+      Tile<P> tile;
+      for (long j = groups.begin(group); j < groups.end(group); j += kCols) {
+        // rows from the last column on have no pair in this strip
+        const long last = distinct ? j + kCols - 1 : x.rows, width = y.rows - j;
+        const long end = std::min({top + kNear, x.rows, last});
+        for (long i = top; i < end; i += kRows) {
+          scores.expect(j + kCols, i - top, kRows, end - top);
+          scores.strip(i, kRows, j, {tile.at, kCols});
+          const long rows = end - i, diagonal = distinct ? i + 1 - j : -kRows;
+          const bool some = rows < kRows || width < kCols || diagonal + kRows > 1;
+          if (some) tile.leave_out(rows, [&](long r) { return diagonal + r; }, width);
+          visit.add(tile, some, pivot_, row + i, column + j);
+          if (!histograms_.empty()) histograms_[thread].add(tile);
+        }
+      }
+      visits[turn] = visit;
+    });
+    for (const Visit<P>& visit : visits) {
+      for (int p = 0; p < 4; ++p) all_.powers[p] += sum_of_lanes<double>(visit.powers[p]);
+      count_ += visit.count;
+      if (Visit<P>::before(visit.least, all_.least, 1)) all_.least = visit.least;
+      if (Visit<P>::before(visit.largest, all_.largest, -1)) all_.largest = visit.largest;
+    }
+  }
+
+  double pivot_;
+  const Run& run_;
+  std::vector<Histogram<P>> histograms_;
+  PairStats all_{{}, {kInf<double>, -1, -1}, {-kInf<double>, -1, -1}};
+  int64_t count_ = 0;
+};
 
 }  // namespace
 
 PairStats pairwise_stats(View x, View y, View edges, double pivot, View counts, const Run& run) {
   return with_arithmetic(x.type, [&](auto arithmetic) {
-    return stats<decltype(arithmetic)>(x, y ? y : x, !y, edges, pivot, counts, run);
+    Statistics<decltype(arithmetic)> statistics(edges, pivot, run);
+    statistics.add(x, y ? y : x, !y);
+    return statistics.finish(counts);
   });
 }
 

@@ -146,11 +146,15 @@ struct Scores {
         rows((q.rows + P::kRows) * shape.stride),
         panels(round_up(k.rows, kCols) * shape.depth) {
     if (keep_k) k_rows = Buffer<Unit>(k.rows * shape.stride);
-    Buffer<Unit> spare(run.threads * kCols * shape.stride);
+    // one set: its rows are read once
+    const bool one =
+        !keep_k && q.data == k.data && q.rows == k.rows && q.row_stride == k.row_stride;
     for_each_chunk(q.rows, run, [&](long begin, long end, int) {
       for (long i = begin; i < end; ++i) pack_row<P>(q, i, shape, row(i));
+      if (one) pack_panel<P>(row(begin), end - begin, shape, panel(begin));
     });
-    for_each_chunk(k.rows, run, [&](long begin, long end, int thread) {
+    Buffer<Unit> spare(one ? 0 : run.threads * kCols * shape.stride);
+    for_each_chunk(one ? 0 : k.rows, run, [&](long begin, long end, int thread) {
       Unit* packed = keep_k ? k_rows + begin * shape.stride : spare + thread * kCols * shape.stride;
       for (long j = begin; j < end; ++j) {
         pack_row<P>(k, j, shape, packed + (j - begin) * shape.stride);
@@ -170,6 +174,17 @@ struct Scores {
 
   Unit* row(long i) const { return rows + i * shape.stride; }
   Unit* panel(long j) const { return panels + j * shape.depth; }
+
+  // Asks for `part` of the `whole` of a panel, `done` of which was asked for: it is read once for
+  // every tile of rows, but comes from far away.
+  void expect(long j, long done, long part, long whole) const {
+    if (j >= columns) return;
+    const long size = kCols * shape.depth;
+    for (long u = size * done / whole; u < std::min(size, size * (done + part) / whole);
+         u += kWidth<T>) {
+      __builtin_prefetch(panel(j) + u, 0, 2);
+    }
+  }
 
   // <q_i, k_j> for `count` rows from i on and kCols columns from j on, tile by tile in registers:
   // the last tile to first(r, sums), r the row it begins with, and if that says yes the others to

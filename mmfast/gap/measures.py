@@ -148,6 +148,8 @@ def relative_alignment(
 
     One direction: each x among all y. Published with texts as x and images as y, so that the
     hardest negative of a text is the nearest wrong image. Also a loss. In O(N * D) memory.
+    The published code's options to take the mean of a row or its k largest distances are not here:
+    they count 10,000, which it writes in the place of own pairs, as a distance.
 
     Args:
         x, y: [N, D] tensors, numpy arrays or memmaps of one floating type, N at least 2.
