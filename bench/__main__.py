@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 # the tests of what a bench times, where they are not those of its own name
 TESTS = {"losses": ("mixup", "gmc", "moco", "albef", "siglip", "sample_negatives")}
 TESTS["distributed"] = ("distributed", "distributed_trainers", "distributed_errors")
+TESTS["trainers"] = ("trainers_open_clip",)
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 

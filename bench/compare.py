@@ -19,6 +19,7 @@ RIVALS = frozenset(
         "dense, one product",
         "torch chunked",
         "torch.compile(dense)",
+        "open_clip",
         "eager",
         "formula",
         "sorting",

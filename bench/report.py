@@ -29,6 +29,8 @@ BASELINE = {
     "landscape": "one forward of clip_loss",
     "landscape_loop": "published loop",
     "shared": "1 rank",
+    "open_clip": "open_clip",
+    "open_clip_siglip": "open_clip",
     **dict.fromkeys(LOSSES, "dense"),
 }
 TITLES = {
@@ -53,6 +55,8 @@ TITLES = {
     "landscape": "shift_landscape, 40 shifts by 3 temperatures, and one forward of clip_loss",
     "landscape_loop": "shift_landscape and the published loop",
     "shared": "clip_loss of one batch by several ranks: processor time of all, memory of one",
+    "open_clip": "nn.ClipLoss and open_clip's",
+    "open_clip_siglip": "nn.SigLipLoss and open_clip's",
     "losses_memory": "memory of one cold call of each loss in a fresh process, queues of N",
 }
 HEADER = """# Results

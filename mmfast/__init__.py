@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401
 
 from mmfast import nn
+from mmfast.grad_cache import cached
 from mmfast.losses.albef import itc_loss, itm_loss, mlm_loss
 from mmfast.losses.clip import clip_loss, info_nce
 from mmfast.losses.fdt import fdt_loss, fdt_temperature
@@ -55,6 +56,7 @@ __all__ = [
     "Landscape",
     "PairwiseStats",
     "alignment",
+    "cached",
     "calibration_error",
     "clip_loss",
     "cone_effect",

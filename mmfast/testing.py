@@ -1,5 +1,6 @@
 """What tests and benchmarks share: cases, an error budget, ways to catch a kernel out."""
 
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -373,3 +374,28 @@ def _answer(receive: "Connection[Any, Any]", seconds: float) -> Any:
         return receive.recv() if receive.poll(seconds) else None
     except EOFError:
         return None
+
+
+_operators: list[Any] = []
+
+
+def import_trainer(package: str) -> Any:
+    """A package that trains models, also where torchvision's compiled operators do not load.
+
+    PyPI's torchvision is built for CUDA. Beside torch's CPU build its import fails for want of two
+    operators that it extends; no trainer calls them, so here they are declared without a body.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    if importlib.util.find_spec("torchvision") and not _operators:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:
+            if "torchvision::nms does not exist" not in str(error):
+                raise
+            library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _operators.append(library)
+    return importlib.import_module(package)

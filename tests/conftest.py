@@ -1,4 +1,5 @@
 import os
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ if not torch.cuda.is_available():
 
 from mmfast import _dispatch
 from mmfast.ops import BACKENDS
-from mmfast.testing import cpu_level, poisoned_memory
+from mmfast.testing import cpu_level, import_trainer, poisoned_memory
 
 # the same examples on every machine, and no failure because a machine is busy
 settings.register_profile("mmfast", deadline=None, derandomize=True, max_examples=30)
@@ -114,6 +115,31 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def largest_tensor():
     return LargestTensor()
+
+
+@pytest.fixture(scope="session")
+def need():
+    """Gives a trainer's package, imported at its first use: some take seconds."""
+
+    def package(name):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of packages about each other
+                return import_trainer(name)
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):
+                raise
+            pytest.skip(f"needs {name}, which is not installed")
+
+    return package
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ def without_core(tmp_path_factory):
 def test_kernels_are_a_part_of_mmfast(without_core):
     assert (without_core / "mmfast" / "kernels" / "__init__.py").exists()
     assert (without_core / "mmfast" / "py.typed").exists()
+    assert (without_core / "mmfast" / "integrations" / "transformers.py").exists()
     assert [path.name for path in without_core.iterdir()] == ["mmfast"]
     assert not list((without_core / "mmfast").glob("_C*.so"))
 
@@ -50,7 +51,8 @@ def test_kernels_are_a_part_of_mmfast(without_core):
 def test_works_without_the_core(without_core, tmp_path):
     program = (
         "import sys, warnings, torch, mmfast, mmfast.cli\n"
-        "assert not {'mmfast.gap', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "optional = {'mmfast.gap', 'mmfast.integrations', 'matplotlib', 'scipy', 'transformers'}\n"
+        "assert not optional & set(sys.modules)\n"
         "assert 'uniformity' in dir(mmfast)\n"
         "x = torch.randn(4, 3, requires_grad=True)\n"
         "with warnings.catch_warnings(record=True) as said:\n"
