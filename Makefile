@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
 CPP_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 
-.PHONY: demo test test-python test-cpp test-slow bench bench-gpu codegen lint format aarch64 dist test-dist clean
+.PHONY: demo test test-python test-cpp test-slow bench bench-gpu codegen docs lint format aarch64 \
+  dist test-dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/emoji/train.py
@@ -43,6 +44,10 @@ bench-gpu: $(READY)
 # compiles every GPU kernel for three architectures and writes bench/CODEGEN.md; needs no card
 codegen: $(READY)
 	$(BIN)/python -m bench.codegen
+
+# renders docs/ into build/docs; a warning is an error
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

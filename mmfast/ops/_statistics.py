@@ -19,14 +19,20 @@ Moments = tuple[float, float, float, float]
 class PairwiseStats:
     """What `pairwise_stats` found; `+` merges what it found of other pairs.
 
-    count: pairs that have a number. nan: pairs that have none, left out of all else.
-    moments: the mean, and the means of (s - mean)^p for p = 2, 3 and 4; NaN if count is 0.
-    min, max: the least and the largest product; inf and -inf if count is 0.
-    argmin, argmax: their rows in x and in y, offsets added, the lowest row and then the lowest
-        column of equal ones; (-1, -1) if count is 0.
-    histogram: int64 [bins], how many have edges[b] <= s < edges[b + 1], the last bin closed; None
-        without one. below, above: how many lie outside of the edges.
-    edges: float64 [bins + 1], or None.
+    Attributes:
+        count: pairs that have a number.
+        nan: pairs that have none, left out of all else.
+        moments: the mean, and the means of (s - mean)^p for p = 2, 3 and 4; NaN if count is 0.
+        min: the least product; inf if count is 0.
+        max: the largest product; -inf if count is 0.
+        argmin: its row in x and in y, offsets added, the lowest row and then the lowest column of
+            equal ones; (-1, -1) if count is 0.
+        argmax: the same of the largest.
+        histogram: int64 [bins], how many have edges[b] <= s < edges[b + 1], the last bin closed;
+            None without one.
+        below: how many lie under the lowest edge.
+        above: how many lie over the highest.
+        edges: float64 [bins + 1], or None.
     """
 
     count: int
