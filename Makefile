@@ -36,6 +36,7 @@ ctest-%:
 bench: $(READY)
 	$(BIN)/python -m bench all --peers
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.scaling
 
 # checks and times the GPU kernels; needs a CUDA card
 bench-gpu: $(READY)

@@ -15,7 +15,7 @@ from bench.measure import QUICK, Contender, Race, Unavailable
 
 D = 64 if QUICK else 512
 SIZES = (128, 256) if QUICK else (2048, 4096, 8192)
-GROWTH = (128, 256, 512) if QUICK else (2048, 4096, 8192, 16384, 32768, 65536)
+GROWTH = (128, 256, 512) if QUICK else (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 BACKENDS = ("eager", "cpp")
 THREADS = (1, 2)
 DTYPES = ("float32", "bfloat16")

@@ -30,6 +30,7 @@ from bench import (  # noqa: E402 (needs the package loaded above)
     peers,
     peers_losses,
     report,
+    scaling,
     targets,
 )
 from bench.__main__ import main  # noqa: E402
@@ -612,6 +613,27 @@ def test_the_tests_asked_are_those_of_every_loss_that_is_timed(monkeypatch, caps
     assert main(["losses", "--base", "HEAD"]) == 1
     assert calls == [f"tests/test_{stem}.py" for stem in ("mixup", "gmc", "moco")]
     assert "tests/test_moco.py is red" in capsys.readouterr().out
+
+
+def test_the_bytes_of_a_rank_are_those_that_the_ring_sends():
+    # what tests/test_distributed.py counts in float64: 3 ranks of 4 rows, 5 wide
+    sent = scaling.sent_bytes(12, 5, 3, 8, wide=8)
+    assert sent == {"forward": 8 * (8 * 6 + 12), "backward": 8 * (8 * 8 + 12 * 5)}
+    assert scaling.sent_bytes(12, 5, 1, 4)["forward"] == 12 * 4
+
+
+def test_scaling_has_a_table_for_each_way_to_grow(tmp_path):
+    growth = [row("growth", str(n), n * n / 1e9, n=n) for n in (1024, 2048)]
+    growth[1]["median"] *= 1.5
+    threads = [row("threads", str(t), 1.0 / t) for t in (1, 2)]
+    shared = [row("shared", name, 1.0, n=4096) for name in ("1 rank", "2 ranks")]
+    rows = [*growth, *threads, *shared]
+    text = scaling.render([report.load(write(tmp_path, "all", rows, "2025-01-01"))])
+    assert "| 2,048 | 6.291 | 1.500     | 1.50" in text
+    assert "| 2       | 500  | 2.00" in text
+    sent = 2048 * (4 * 512 + 8) + 4096 * 4 + 2048 * (4 * 512 + 16) + 4096 * 4 * 512
+    assert f" {sent / 1e6:.1f} " in text
+    assert "**Not measured.**" in text
 
 
 def test_table_columns_are_aligned():
