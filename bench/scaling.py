@@ -170,8 +170,8 @@ bytes/s of its link, whatever N and D are. For N = {n:,}, D = {d}, bfloat16, b =
 
 {table(heads, body)}
 Over the network a rank waits {waits:.0f} ms a step for the ring, beside the seconds that a large
-encoder takes for {b:,} pairs. It sends {ring / 1e9:.1f} GB a step, gathering {gather / 1e9:.1f}: the ring
-saves memory and products, not bytes.
+encoder takes for {b:,} pairs. It sends {ring / 1e9:.1f} GB a step, gathering {gather / 1e9:.1f}:
+the ring saves memory and products, not bytes.
 """
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mmfast import cone_effect, mismatch_simulation, mlp_cone
 from mmfast.gap.cone import _ACTIVATIONS, mlp_layers, predicted_cosines
+from mmfast.gap.mismatch import NINE_PAIRS, NINE_TARGETS
 from mmfast.testing import unit_rows
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "modality_gap.npz")
@@ -111,20 +112,40 @@ def test_six_pairs_golden(mismatched):
     assert best == ([0, 0, 53, 65, 78] if mismatched else [0] * 5)
 
 
-def test_nine_pairs_that_all_move():
-    options = {
-        "azimuths": range(0, 360, 40),
-        "elevations": np.degrees(np.arcsin(np.linspace(-1, 1, 41))),
-        "logit_scales": (1, 50),
-        "both_move": True,
-    }
-    swapped, matched = (mismatch_simulation(swap=swap, **options) for swap in ((2, 3), None))
-    # heights +-z
-    np.testing.assert_allclose(matched.distance, 2 * np.linspace(-1, 1, 41), atol=1e-12)
-    assert swapped.elevations[swapped.loss.argmin(0)].abs().tolist() == pytest.approx(
-        [0, math.degrees(math.asin(0.9))], abs=4
+HEIGHTS = np.linspace(-1, 1, 100)
+
+
+def nine_pairs(**options):
+    elevations = np.degrees(np.arcsin(HEIGHTS))
+    scales = (1, 5, 10, 50, 100, 500, 1000)
+    return mismatch_simulation(
+        NINE_PAIRS, elevations=elevations, logit_scales=scales, both_move=True, **options
     )
-    assert matched.elevations[matched.loss.argmin(0)].tolist() == pytest.approx([0, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [
+        # as published
+        ({"swap": None, "targets": NINE_TARGETS}, [0.01, 0.01, 0.01, 0.556, 0.818, 0.96, 0.98]),
+        # what it meant
+        ({"swap": (3, 8)}, [0.01, 0.01, 0.01, 0.717, 0.859, 0.98, 0.98]),
+        ({"swap": None}, [0.01] * 7),
+    ],
+)
+def test_nine_pairs_that_all_move(options, best):
+    found = nine_pairs(**options)
+    # heights +-z
+    np.testing.assert_allclose(found.distance, 2 * HEIGHTS, atol=1e-12)
+    height = np.abs(HEIGHTS[found.loss.argmin(0)])
+    np.testing.assert_allclose(height, best, atol=5e-4)
+
+
+def test_a_swap_of_texts_is_one_of_targets():
+    targets = [0, 1, 2, 8, 4, 5, 6, 7, 3]
+    np.testing.assert_allclose(
+        nine_pairs(swap=(3, 8)).loss, nine_pairs(swap=None, targets=targets).loss, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,6 +162,8 @@ def test_nine_pairs_that_all_move():
          "mismatch_simulation: azimuths must hold one or more, got none"),
         (lambda: mismatch_simulation(swap=(0, 6)),
          r"swap must be two of the pairs 0 to 5, got \(0, 6\)"),
+        (lambda: mismatch_simulation(targets=(0, 1, 2, 3, 4, 6)),
+         r"targets must be 6 of the pairs 0 to 5, got \(0, 1, 2, 3, 4, 6\)"),
     ],
 )  # fmt: skip
 def test_messages(call, message):
