@@ -15,7 +15,7 @@ SIZES = (256,) if QUICK else (4096, 16384)
 race = functools.cache(ranks.race)
 
 
-@pytest.mark.parametrize("contender", [ranks.name(size) for size in ranks.RANKS])
+@pytest.mark.parametrize("contender", ranks.WORLDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n", SIZES)
 def bench_shared(measure: Any, contender: str, dtype: str, n: int) -> None:

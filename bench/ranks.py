@@ -1,6 +1,6 @@
 """clip_loss shared by the ranks of one machine: all their processor time, and memory of each.
 
-`python -m bench.ranks DTYPE N D ROUNDS` prints, by number of ranks, seconds of each round and MB.
+`python -m bench.ranks DTYPE N D ROUNDS` prints, by `WORLDS`, seconds of each round and MB.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 
+import torch
 import torch.distributed as dist
 
 import mmfast
@@ -19,11 +20,17 @@ from bench import machine, peers
 from bench.measure import Timing, resident_growth
 from mmfast.testing import in_world
 
-RANKS = (1, 2, 4)
+# ranks, threads of each; one process on as many cores meets the same neighbours in cache and memory
+WORLDS = {
+    "1 rank": (1, 1),
+    "1 rank, 2 threads": (1, 2),
+    "2 ranks": (2, 1),
+    "4 ranks": (4, 1),
+}
 
 
 def race(dtype: str, n: int, d: int, rounds: int) -> dict[str, Timing]:
-    """A batch of n pairs in all, forward and backward; one thread a rank.
+    """A batch of n pairs in all, forward and backward.
 
     Seconds are those of all processes together, of threads that send and receive, too. A core
     that is shared counts once, so that ranks may be more than cores.
@@ -31,11 +38,7 @@ def race(dtype: str, n: int, d: int, rounds: int) -> dict[str, Timing]:
     command = [sys.executable, "-m", "bench.ranks", dtype, str(n), str(d), str(rounds)]
     done = subprocess.run(command, cwd=machine.ROOT, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout)
-    return {name(int(size)): Timing(*timing) for size, timing in found.items()}
-
-
-def name(size: int) -> str:
-    return "1 rank" if size == 1 else f"{size} ranks"
+    return {name: Timing(*timing) for name, timing in found.items()}
 
 
 def main() -> None:
@@ -44,11 +47,13 @@ def main() -> None:
     for size in ("n", "d", "rounds"):
         parser.add_argument(size, type=int)
     options = parser.parse_args()
-    print(json.dumps({size: _shared(size, options) for size in RANKS}))
+    print(json.dumps({name: _shared(*world, options) for name, world in WORLDS.items()}))
 
 
-def _shared(size: int, options: argparse.Namespace) -> tuple[list[float], float | None]:
-    work = partial(_work, options.dtype, options.n // size, options.d, options.rounds)
+def _shared(
+    size: int, threads: int, options: argparse.Namespace
+) -> tuple[list[float], float | None]:
+    work = partial(_work, threads, options.dtype, options.n // size, options.d, options.rounds)
     ranks = in_world(size, work, seconds=60.0)
     if not all(isinstance(rank, tuple) for rank in ranks):
         raise RuntimeError(f"a rank of {size} failed: {ranks}")
@@ -56,8 +61,11 @@ def _shared(size: int, options: argparse.Namespace) -> tuple[list[float], float 
     return [sum(seconds) for seconds in rounds], max(grown or 0.0 for _, grown in ranks) or None
 
 
-def _work(dtype: str, n: int, d: int, rounds: int) -> tuple[list[float], float | None]:
+def _work(
+    threads: int, dtype: str, n: int, d: int, rounds: int
+) -> tuple[list[float], float | None]:
     """Processor time of this rank's rounds, and by how many MB it grew in a call before."""
+    torch.set_num_threads(threads)
     inputs = peers.features(n, d, dtype)
     loss = partial(mmfast.clip_loss, group=dist.group.WORLD)
     # a small call first: connections and lazy imports are not the loss's

@@ -28,7 +28,7 @@ BASELINE = {
     "fdt_all": "eager",
     "landscape": "one forward of clip_loss",
     "landscape_loop": "published loop",
-    "shared": "1 rank",
+    "shared": "1 rank, 2 threads",
     "open_clip": "open_clip",
     "open_clip_siglip": "open_clip",
     **dict.fromkeys(LOSSES, "dense"),

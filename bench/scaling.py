@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.ranks import name as ranks_name
-from bench.report import HERE, Result, newest, table
+from bench.ranks import WORLDS
+from bench.report import HERE, Result, newest, number, table
 from bench.targets import Row
 
 HEADER = """# Scaling
@@ -88,24 +88,21 @@ def _threads(rows: list[Row]) -> str:
 
 def _ranks(rows: list[Row]) -> str:
     chosen = [r for r in rows if r["bench"] == "shared"]
+    times = {(r["dtype"], r["n"], r["contender"]): r["median"] for r in chosen}
     body = []
     for r in chosen:
-        size = int(r["contender"].split()[0])
-        one = next(
-            o
-            for o in chosen
-            if o["contender"] == ranks_name(1) and (o["dtype"], o["n"]) == (r["dtype"], r["n"])
-        )
-        sent = sent_bytes(r["n"], r["d"], size, 4 if r["dtype"] == "float32" else 2)
+        same = [times.get((r["dtype"], r["n"], name)) for name in ("1 rank", "1 rank, 2 threads")]
+        ranks, _ = WORLDS[r["contender"]]
+        sent = sent_bytes(r["n"], r["d"], ranks, 4 if r["dtype"] == "float32" else 2)
         body.append(
             [
                 r["dtype"],
                 f"{r['n']:,}",
-                str(size),
+                r["contender"],
                 f"{1e3 * r['median']:.4g}",
-                f"{r['median'] / one['median']:.2f}",
-                "-" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}",
-                "0" if size == 1 else f"{sum(sent.values()) / 1e6:.1f}",
+                *(number(base and r["median"] / base, 2) for base in same),
+                number(r["peak_mb"], 0),
+                "0" if ranks == 1 else f"{sum(sent.values()) / 1e6:.1f}",
             ]
         )
     if not body:
@@ -113,16 +110,18 @@ def _ranks(rows: list[Row]) -> str:
     heads = [
         "dtype",
         "N",
-        "ranks",
-        "CPU ms of all",
-        "of one rank",
-        "MB grown of one",
-        "MB sent by one",
+        "",
+        "CPU ms",
+        "of 1 rank",
+        "of 2 threads",
+        "MB grown by 1",
+        "MB sent by 1",
     ]
     title = (
-        f"**With ranks**, one thread each: one batch of N pairs shared by all, `clip_loss` forward "
-        f"and backward, D={chosen[0]['d']}; processor time of all ranks together. Bytes are those "
-        "of `sent_bytes`, which the tests count."
+        "**With ranks**: one batch of N pairs shared by all, `clip_loss` forward and backward, "
+        f"D={chosen[0]['d']}, one thread each. Processor time of all ranks together, also as that "
+        "of one process on one core and on two; memory and bytes of one rank, the bytes by "
+        "`sent_bytes`, which the tests count."
     )
     return f"{title}\n\n{table(heads, body)}"
 

@@ -331,7 +331,7 @@ def good_rows() -> list[dict[str, Any]]:
     rows += [row("fdt_all", name, t, mode="bwd") for name, t in (("eager", 3.1), ("cpp", 1.0))]
     landscape = {"one forward of clip_loss": 1.0, "mmfast": 7.9}
     rows += [row("landscape", name, t, mode="fwd") for name, t in landscape.items()]
-    shared = {"1 rank": 1.0, "2 ranks": 1.05, "4 ranks": 1.09}
+    shared = {"1 rank, 2 threads": 1.0, "2 ranks": 1.05, "4 ranks": 1.09}
     return rows + [row("shared", name, t, n=16384) for name, t in shared.items()]
 
 
@@ -626,7 +626,7 @@ def test_scaling_has_a_table_for_each_way_to_grow(tmp_path):
     growth = [row("growth", str(n), n * n / 1e9, n=n) for n in (1024, 2048)]
     growth[1]["median"] *= 1.5
     threads = [row("threads", str(t), 1.0 / t) for t in (1, 2)]
-    shared = [row("shared", name, 1.0, n=4096) for name in ("1 rank", "2 ranks")]
+    shared = [row("shared", name, 1.0, n=4096) for name in ("1 rank, 2 threads", "2 ranks")]
     rows = [*growth, *threads, *shared]
     text = scaling.render([report.load(write(tmp_path, "all", rows, "2025-01-01"))])
     assert "| 2,048 | 6.291 | 1.500     | 1.50" in text
