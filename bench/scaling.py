@@ -114,8 +114,8 @@ def _ranks(rows: list[Row]) -> str:
         "CPU ms",
         "of 1 rank",
         "of 2 threads",
-        "MB grown by 1",
-        "MB sent by 1",
+        "MB grown",
+        "MB sent",
     ]
     title = (
         "**With ranks**: one batch of N pairs shared by all, `clip_loss` forward and backward, "
