@@ -1,7 +1,7 @@
 """`python -m bench OP|all [--peers] [--base REV] [--quick] [--tested] [--out DIR]`.
 
-Times mmfast alone, or beside its peers; or a commit and this tree in turns. The op's tests run
-first, and nothing is timed where they are red.
+Times mmfast alone, or beside its peers; or a commit and this tree in turns. But for --quick and
+--tested the op's tests run first, and nothing is timed where they are red.
 
 `python -m bench gpu [--smoke] [--out DIR] [--seconds S]` checks and times the kernels for a card.
 """

@@ -11,6 +11,6 @@ FETCHED = re.compile(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"?(?:http
 
 
 def on_post_page(output: str, page: Any, config: Any) -> None:
-    """A page that loads anything from another host is a warning, and so fails the build."""
+    """A script, image, frame or style from another host is a warning, and so fails the build."""
     for tag in FETCHED.findall(output):
         log.warning("%s loads from another host: %s", page.file.src_uri, tag)

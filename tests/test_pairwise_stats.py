@@ -339,7 +339,7 @@ def test_offsets_move_places(backend):
     assert own.argmax == tuple(at + 100 for at in pairwise_stats(x, backend=backend).argmax)
 
 
-def test_memory_is_linear(largest_tensor):
+def test_no_tensor_of_pairs(largest_tensor):
     x, _ = random_pair(600, 1, 8, dtype=torch.float32)
     with largest_tensor:
         pairwise_stats(x, backend="cpp")

@@ -1,8 +1,8 @@
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "elements.h"
-#include "parallel.h"
 
 // Rows picked by the codes of a weight that is not 0, however few or many, and summed.
 namespace mmfast::MMFAST_LEVEL {

@@ -5,10 +5,10 @@
     counts[b] = how many s_ij are in bin b: edges[b - 1] <= s_ij < edges[b], the last bin closed
 
 in one visit of the products; of one set only half of them are made. The products are those of the
-type (float32; float64 for float64), and everything said of them is exact or in float64: counts are
-whole numbers, and sums about a pivot near the mean lose nothing where the mean is large beside the
-spread. Statistics of blocks are therefore those of the whole, to the last digits, however it is
-split.
+type (float32; float64 for float64), and everything said of them is exact or in float64 (sums of a
+tile on a GPU apart, which are float32): counts are whole numbers, and sums about a pivot near the
+mean lose nothing where the mean is large beside the spread. Statistics of blocks are therefore
+those of the whole, to the last digits, however it is split.
 
 Sources: the cosines of all pairs are those of Liang et al., Mind the Gap, NeurIPS 2022
 (arXiv 2203.02053), Fig. 2; the published code holds the matrix.
