@@ -31,6 +31,8 @@ RIVALS = frozenset(
         "published loop",
     }
 )
+# beside them a copy by torch, the measure of slerp: timed always, and never ours
+OTHERS = RIVALS | {"copy"}
 OWN_ONLY = "only mmfast is timed without --peers"
 Rows = dict[tuple[object, ...], Row]
 
@@ -68,13 +70,13 @@ def slower(before: Sequence[Result], after: Sequence[Result], allowed: float) ->
     who = KEY.index("contender")
     said = []
     for key, ratio in took.items():
-        if key[who] in RIVALS:
+        if key[who] in OTHERS:
             continue
         race = key[:who] + key[who + 1 :]
         drift = [
             other
             for k, other in took.items()
-            if k[who] in RIVALS and k[:who] + k[who + 1 :] == race
+            if k[who] in OTHERS and k[:who] + k[who + 1 :] == race
         ]
         machine = statistics.median(drift) if drift else 1.0
         if ratio / machine > allowed:

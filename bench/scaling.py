@@ -119,9 +119,9 @@ def _ranks(rows: list[Row]) -> str:
     ]
     title = (
         "**With ranks**: one batch of N pairs shared by all, `clip_loss` forward and backward, "
-        f"D={chosen[0]['d']}, one thread each. Processor time of all ranks together, also as that "
-        "of one process on one core and on two; memory and bytes of one rank, the bytes by "
-        "`sent_bytes`, which the tests count."
+        f"D={chosen[0]['d']}, one thread a rank but where named. Processor time of all ranks "
+        "together, also as that of one process on one core and on two; memory and bytes of one "
+        "rank, the bytes by `sent_bytes`, which the tests count."
     )
     return f"{title}\n\n{table(heads, body)}"
 
@@ -156,8 +156,9 @@ def projection() -> str:
 
 **Not measured.** With N pairs on W ranks, b = N / W a rank, width D, s bytes an element:
 
-* products of a rank: 8·b·N·D flop, four products of b rows with N; a loss that gathers both towers
-  makes the forward product twice over, 10·b·N·D;
+* products of a rank: 8·b·N·D flop, four products of b rows with N, one of them a second time made;
+  a loss that gathers both towers has logits of its images and of its texts, kept, and makes two
+  products forward and four backward, 12·b·N·D;
 * bytes that a rank sends: (N - b)·(s·D + 8) + 4·N forward, (N - b)·(s·D + 16) + 4·D·N backward:
   about N·D·(2·s + 4), the same for any number of ranks;
 * memory of a rank: its own rows, two packets of b rows and their sums, O(b·D); gathered features

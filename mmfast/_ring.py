@@ -157,11 +157,11 @@ class Ring:
     def _lost(
         self, phase: str, step: int, peers: Sequence[int], error: RuntimeError
     ) -> RuntimeError:
+        first, _, _ = str(error).partition("\n")
         return RuntimeError(
             f"{self.who}: {' or '.join(self._name(peer) for peer in peers)} did not answer "
             f"{self._name(self.rank)} in step {step} of {self.size} of the {phase}: it died, "
-            f"raised, made another call or waits for a rank that did "
-            f"({str(error).splitlines()[0]})"
+            f"raised, made another call or waits for a rank that did ({first})"
         )
 
 

@@ -33,8 +33,9 @@ def cached(encoder: Callable[..., Any], /, *inputs: Any, chunk: int, **named: An
         mmfast.clip_loss(image, text, logit_scale.exp()).backward()
 
     The gradients are those of encoder(...) in one piece, dropout included, whose masks are drawn
-    a chunk at a time. They go to `.grad`: use backward(), not torch.autograd.grad. Layers that look
-    across rows (BatchNorm) see a chunk, and twice. Autocast counts as it is at the call.
+    a chunk at a time, on the CPU and on the CUDA devices of its inputs and parameters. They go to
+    `.grad`: use backward(), not torch.autograd.grad. Layers that look across rows (BatchNorm) see a
+    chunk, and twice. Autocast counts as it is at the call.
 
     Under DistributedDataParallel pass the wrapped module: gradients travel with the last chunk
     alone (its `no_sync` serves the others). DDP counts what its forward returns, so let that
@@ -52,7 +53,7 @@ def cached(encoder: Callable[..., Any], /, *inputs: Any, chunk: int, **named: An
 
     Raises:
         ValueError: chunk, the rows of an input or of an output do not fit, an input requires grad,
-            a 0-dim output differs between chunks.
+            a 0-dim output or the number of outputs differs between chunks.
         TypeError: chunk is no int, an input has no rows, an output is no tensor.
     """
     chunks = _Chunks(encoder, inputs, named, chunk)
@@ -97,6 +98,8 @@ class _Chunks:
         rows = _count_rows({**{str(i): x for i, x in enumerate(inputs)}, **named})
         self.slices = [slice(a, min(a + chunk, rows)) for a in range(0, rows, chunk)]
         self.autocast = _autocast()
+        self.devices = _cuda_devices([*inputs, *named.values(), *_parameters(encoder)])
+        self.width: int | None = None
         self.random: list[_Random] = []
         self.pack: Pack = tuple
 
@@ -104,7 +107,7 @@ class _Chunks:
         """The outputs for all rows; there is no graph."""
         made = []
         for rows in self.slices:
-            self.random.append(_Random())
+            self.random.append(_Random(self.devices))
             made.append(self._run(rows))
         return tuple(_join(parts) for parts in zip(*made, strict=True))
 
@@ -129,6 +132,12 @@ class _Chunks:
         named = {name: _take(x, rows) for name, x in self.named.items()}
         with self.autocast():
             parts, self.pack = _unpack(self.encoder(*inputs, **named))
+        self.width = self.width or len(parts)
+        if len(parts) != self.width:
+            raise ValueError(
+                "cached: encoder must return as many tensors for every chunk, got "
+                f"{len(parts)} after {self.width}"
+            )
         count = rows.stop - rows.start
         for part in parts:
             if part.ndim and len(part) != count:
@@ -140,12 +149,11 @@ class _Chunks:
 
 
 class _Random:
-    """The state of the random generators, of the CPU and of the current CUDA device."""
+    """The state of the random generators, of the CPU and of CUDA devices by their numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: list[int]) -> None:
         self.cpu = torch.get_rng_state()
-        started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self.devices = [torch.cuda.current_device()] if started else []
+        self.devices = devices
         self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
 
     @contextmanager
@@ -175,11 +183,23 @@ def _autocast() -> Callable[[], Any]:
     return again
 
 
+def _cuda_devices(values: Sequence[Any]) -> list[int]:
+    """Where an encoder may draw random numbers: the current device, and those of its tensors."""
+    found = {x.device.index for x in values if isinstance(x, Tensor) and x.is_cuda}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found.add(torch.cuda.current_device())
+    return sorted(found)
+
+
+def _parameters(encoder: Callable[..., Any]) -> list[Tensor]:
+    return list(encoder.parameters()) if isinstance(encoder, torch.nn.Module) else []
+
+
 def _learns(encoder: Callable[..., Any]) -> bool:
     """Whether a gradient may reach anything; a function's parameters are not known."""
     if not isinstance(encoder, torch.nn.Module):
         return True
-    return any(p.requires_grad for p in encoder.parameters())
+    return any(p.requires_grad for p in _parameters(encoder))
 
 
 def _count_rows(inputs: Mapping[str, Any]) -> int:
@@ -189,13 +209,14 @@ def _count_rows(inputs: Mapping[str, Any]) -> int:
             continue
         if not hasattr(x, "__len__") or isinstance(x, (str, Mapping)) or getattr(x, "ndim", 1) == 0:
             raise TypeError(f"cached: input {name} must have rows, got {type(x).__name__}")
-        if isinstance(x, Tensor) and x.requires_grad:
+        elements = x if isinstance(x, (list, tuple)) else (x,)
+        if any(isinstance(element, Tensor) and element.requires_grad for element in elements):
             raise ValueError(
                 f"cached: input {name} must not require grad; what made it belongs to the encoder"
             )
         counts[name] = len(x)
     if len(set(counts.values())) != 1 or 0 in counts.values():
-        said = ", ".join(f"{count} in input {name}" for name, count in counts.items())
+        said = ", ".join(f"{count} in input {name}" for name, count in counts.items()) or "none"
         raise ValueError(f"cached: inputs must have the same number of rows, not 0; got {said}")
     return next(iter(counts.values()))
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -319,7 +320,7 @@ def in_world(size: int, run: Callable[[], Any], *, seconds: float = 30.0) -> lis
     Args:
         size: number of ranks.
         run: called in each, with the default group initialised and one thread.
-        seconds: the time-out of the group; after three of them a process is killed.
+        seconds: the time-out of the group; after three of them what still runs is killed.
 
     Returns:
         By rank what `run` returned, the text of the exception it raised, or None of a process
@@ -332,14 +333,16 @@ def in_world(size: int, run: Callable[[], Any], *, seconds: float = 30.0) -> lis
             fork.Process(target=_be_rank, args=(rank, size, folder, run, seconds, send))
             for rank, (_, send) in enumerate(pipes)
         ]
-        for process, (_, send) in zip(ranks, pipes, strict=True):
-            process.start()
-            send.close()
-        found = [_answer(receive, 3 * seconds) for receive, _ in pipes]
-        for process in ranks:
-            process.kill()
-            process.join()
-    return found
+        until = time.monotonic() + 3 * seconds
+        try:
+            for process, (_, send) in zip(ranks, pipes, strict=True):
+                process.start()
+                send.close()
+            return [_answer(receive, until - time.monotonic()) for receive, _ in pipes]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
 
 
 def _be_rank(
@@ -371,7 +374,7 @@ def _be_rank(
 
 def _answer(receive: "Connection[Any, Any]", seconds: float) -> Any:
     try:
-        return receive.recv() if receive.poll(seconds) else None
+        return receive.recv() if receive.poll(max(0.0, seconds)) else None
     except EOFError:
         return None
 

@@ -572,6 +572,9 @@ def test_what_peers_lost_too_was_the_machine(tmp_path):
     after = turns(tmp_path, [row("loss", "mmfast", 1.5), row("loss", "dense", 1.4)])
     assert compare.slower(before, after, 1.1) == []
     assert "1.07 times beyond its peers" in compare.slower(before, after, 1.05)[0]
+    before = turns(tmp_path, [row("bandwidth", "cpp", 1.0), row("bandwidth", "copy", 1.0)])
+    after = turns(tmp_path, [row("bandwidth", "cpp", 1.5), row("bandwidth", "copy", 1.5)])
+    assert compare.slower(before, after, 1.05) == []
 
 
 def test_every_rival_is_one_in_the_tables():

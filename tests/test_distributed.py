@@ -230,9 +230,10 @@ def check_no_grad(place):
     whole, own = place.inputs()
     x, y = (SimpleNamespace(**rows, **shared) for rows, shared in (whole, own))
     for name, loss in {**LOSSES, **SUMS}.items():
-        with torch.no_grad():
-            got = loss(y, {"group": place.group})
-            close(name, place.sum(got) / place.size, loss(x, {}), 1e-12)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                got = loss(y, {"group": place.group})
+                close(name, place.sum(got) / place.size, loss(x, {}), 1e-12)
 
 
 def check_memory(place):

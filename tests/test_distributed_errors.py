@@ -50,6 +50,8 @@ def complaint(call):
 
 def die(phase, step):
     """Rank 1 is killed when it comes to that step; what the others have to say, and how soon."""
+    # a rank that is still connecting would say so in gloo's words
+    dist.barrier()
     exchange = Ring._exchange
 
     def until_then(self, *where_and_what):
@@ -124,6 +126,13 @@ CALLS = {
     "options": (
         lambda: clip(label_smoothing=one_differs(0.0, 0.1)),
         "ValueError: clip_loss: all ranks must call the same loss with the same options, but those "
+        "of rank 0 (global rank 0) and rank 1 (global rank 1) differ",
+    ),
+    "mixed": (
+        lambda: mmfast.info_nce(
+            *inputs(), 9.0, mixed=one_differs(None, inputs()[0]), group=dist.group.WORLD
+        ),
+        "ValueError: info_nce: all ranks must call the same loss with the same options, but those "
         "of rank 0 (global rank 0) and rank 1 (global rank 1) differ",
     ),
     "lam": (

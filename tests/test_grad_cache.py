@@ -251,7 +251,7 @@ def test_gradients_travel_once_under_ddp(tmp_path):
     [
         ([torch.ones(4, 2)], {"chunk": 0}, ValueError, "chunk must be from 1, got 0"),
         ([torch.ones(4, 2)], {"chunk": 2.0}, TypeError, "chunk must be an int, got float"),
-        ([], {"chunk": 2}, ValueError, "same number of rows, not 0; got"),
+        ([], {"chunk": 2}, ValueError, "same number of rows, not 0; got none"),
         ([torch.ones(0, 2)], {"chunk": 2}, ValueError, "not 0; got 0 in input 0"),
         (
             [torch.ones(4, 2)],
@@ -268,6 +268,12 @@ def test_gradients_travel_once_under_ddp(tmp_path):
             ValueError,
             "input 0 must not require grad; what made it belongs to the encoder",
         ),
+        (
+            [[torch.ones(2, requires_grad=True)]],
+            {"chunk": 2},
+            ValueError,
+            "input 0 must not require grad",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit(inputs, options, error, message):
@@ -281,6 +287,11 @@ def test_inputs_that_do_not_fit(inputs, options, error, message):
         (lambda x: x.sum(0), ValueError, r"a row for each of 2 rows, or a 0-dim tensor, got \[5\]"),
         (lambda x: (x, None), TypeError, "encoder must return tensors, got NoneType"),
         (lambda x: x.sum(), ValueError, "must be the same for every chunk, got from 5 to 25"),
+        (
+            lambda x: (x,) * (1 + int(x[0, 0])),
+            ValueError,
+            "as many tensors for every chunk, got 3 after 1",
+        ),
     ],
 )
 def test_outputs_that_do_not_fit(encoder, error, message):

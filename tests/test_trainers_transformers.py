@@ -155,7 +155,6 @@ def test_trainer_takes_the_same_two_steps(need, transformers, ours, tmp_path, dt
             output_dir=str(tmp_path),
             max_steps=2,
             per_device_train_batch_size=B,
-            per_device_eval_batch_size=B,
             learning_rate=1e-3,
             logging_steps=1,
             report_to=[],
@@ -169,7 +168,6 @@ def test_trainer_takes_the_same_two_steps(need, transformers, ours, tmp_path, dt
             model=model,
             args=options,
             train_dataset=Pairs(),
-            eval_dataset=Pairs(),
             data_collator=lambda rows: {
                 **transformers.default_data_collator(rows),
                 "return_loss": True,

@@ -65,15 +65,15 @@ def ids_or_rows(ids: Tensor | None, x: Tensor, ring: Ring | None = None) -> Tens
     return torch.arange(first, first + len(x), device=x.device)
 
 
-def group_sums(x: Tensor, ids: Tensor, ring: Ring | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of rows with equal ids: (of row i's group [N, D], its size [N, 1], of all rows [D]).
+def group_sums(x: Tensor, ids: Tensor, ring: Ring | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of rows with equal ids: (of row i's group [N, D], its size [N, 1]).
 
     Of the rows of all ranks with a `ring`.
     """
     if ring is not None:
         counted = torch.cat([x, x.new_ones(len(x), 1)], 1)
         found = ring_group_sums(ring, counted, ids)
-        return found[:, :-1], found[:, -1:], ring_total(ring, x.sum(0))
+        return found[:, :-1], found[:, -1:]
     # numbering by sort has shapes known beforehand: no host sync, and it traces
     order = ids.argsort()
     ordered = ids[order]
@@ -81,8 +81,7 @@ def group_sums(x: Tensor, ids: Tensor, ring: Ring | None = None) -> tuple[Tensor
     slot = torch.zeros_like(ids).scatter(0, order, starts.cumsum(0))
     sums = torch.zeros_like(x).index_add(0, slot, x)
     sizes = x.new_zeros(len(x)).index_add(0, slot, x.new_ones(len(x)))
-    # the total from the same sums: of one single group, total - sum is then exactly 0
-    return sums.index_select(0, slot), sizes[slot].unsqueeze(1), sums.sum(0)
+    return sums.index_select(0, slot), sizes[slot].unsqueeze(1)
 
 
 def target_offset(
@@ -99,24 +98,27 @@ def target_offset(
     columns that remain are all, or with same_id="exclude" its own and those of other ids.
     `k` [N, D] is widened; cross-entropy = softplus(others - s_ii) + scale * <q_i, offset_i>.
     """
+    n = len(k) if ring is None else ring.total
     if ids is None:
-        return label_smoothing * (k - _mean_row(k, ring)) if label_smoothing else None
+        return label_smoothing * (k - _total(k, ring) / n) if label_smoothing else None
     if same_id == "exclude" and not label_smoothing:
         return None
-    sums, sizes, total = group_sums(k, ids, ring)
-    n = len(k) if ring is None else ring.total
+    sums, sizes = group_sums(k, ids, ring)
     if same_id == "exclude":
-        return label_smoothing * (k - (total - sums + k) / (n - sizes + 1))
+        # of one single group nothing remains, however its sum was rounded
+        others = (_total(k, ring) - sums).masked_fill(sizes == n, 0.0)
+        return label_smoothing * (k - (others + k) / (n - sizes + 1))
     # a row alone in its group sends no gradient here at all: a tiny one, added between two large
     # ones that cancel, would be lost
     offset = (k - sums / sizes).masked_fill(sizes == 1, 0.0)
     if not label_smoothing:
         return offset
-    return (1 - label_smoothing) * offset + label_smoothing * (k - total / n)
+    return (1 - label_smoothing) * offset + label_smoothing * (k - _total(k, ring) / n)
 
 
-def _mean_row(k: Tensor, ring: Ring | None) -> Tensor:
-    return k.mean(0) if ring is None else ring_total(ring, k.sum(0)) / ring.total
+def _total(k: Tensor, ring: Ring | None) -> Tensor:
+    """The sum of all rows [D], of all ranks with a `ring`."""
+    return k.sum(0) if ring is None else ring_total(ring, k.sum(0))
 
 
 def reduce(loss: Tensor, reduction: Reduction, ring: Ring | None = None) -> Tensor:

@@ -170,7 +170,7 @@ def _from_group_mean(
     O((B + Q) (D + log B)).
     """
     ordered, wide = ids.sort().values, widen(key)
-    sums, counts, _ = group_sums(wide, ids, ring)
+    sums, counts = group_sums(wide, ids, ring)
     # keys of an id that the batch has not go to one more place, where nobody looks
     place, own = slots(ordered, queue_ids), slots(ordered, ids)
     queued = wide.new_zeros(len(ids) + 1, key.shape[1]).index_add(0, place, widen(queue))

@@ -109,7 +109,7 @@ def info_nce(
             )
 
     columns = k if mixed is None else mixed
-    options = (same_id, ids is None)
+    options = (same_id, ids is None, mixed is None, negatives is None)
     learns = {"q": q, "k": k, "mixed": columns, "logit_scale": scale}
     ring = join(who, group, columns, learns, options, logit_scale=scale)
     left_out = _left_out(ids, same_id, q, ring)

@@ -80,7 +80,7 @@ def siglip_loss(
     if ids is not None and same_id == "positive":
         # softplus(-s) = softplus(s) - s for the pairs of duplicates, which were summed as others
         text = widen(text)
-        sums, sizes, _ = group_sums(text, ids, ring)
+        sums, sizes = group_sums(text, ids, ring)
         duplicates = (sums - text).masked_fill(sizes == 1, 0.0)
         total = total - dot_rows(widen(image), duplicates, scale).sum() - bias * (sizes - 1).sum()
     return total / (len(image) if ring is None else ring.total / ring.size)

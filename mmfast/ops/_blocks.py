@@ -27,8 +27,8 @@ def lse_of_block(
         )
         return found
     with torch.autocast(q.device.type, enabled=False):
-        rows, sums = lse.reference(q, k, scale, q_ids=q_ids, k_ids=k_ids, columns=True)
-    return rows, sums if columns else rows.new_empty(0)
+        made = lse.reference(q, k, scale, q_ids=q_ids, k_ids=k_ids, columns=columns)
+    return made if isinstance(made, tuple) else (made, made.new_empty(0))
 
 
 def lse_gradients_of_block(
@@ -81,6 +81,10 @@ def softplus_of_block(
             q, k, scale, bias, q_ids, k_ids, *needs, backend
         )
         return made
+    if not any(needs):
+        with torch.autocast(q.device.type, enabled=False):
+            total = softplus.reference(q, k, scale, bias, q_ids=q_ids, k_ids=k_ids)
+        return total, *(q.new_empty(0) for _ in needs)
     leaves = [x.detach().requires_grad_() for x in (q, k, scale, bias)]
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         total = softplus.reference(*leaves, q_ids=q_ids, k_ids=k_ids)
