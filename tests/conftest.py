@@ -1,4 +1,7 @@
+import json
 import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -151,3 +154,17 @@ def _poisoned_memory():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def as_script(request):
+    """What the test's own file prints, as JSON, when it is run: its worlds of processes."""
+    ran = subprocess.run(
+        [sys.executable, request.module.__file__],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)

@@ -6,8 +6,6 @@ GROUPS; the tests read what each rank found.
 
 import itertools
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -309,20 +307,11 @@ def run_checks():
     return found
 
 
-@pytest.fixture(scope="module")
-def complaints():
-    ran = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
-
-
 @pytest.mark.parametrize(("size", "name"), list(itertools.product(GROUPS, CHECKS)))
-def test_one_process_with_the_whole_batch(complaints, size, name):
+def test_one_process_with_the_whole_batch(as_script, size, name):
     for rank in GROUPS[size]:
-        assert isinstance(complaints[rank], dict), complaints[rank]
-        assert complaints[rank].get(f"{size}-{name}", "not reached") == "", f"global rank {rank}"
+        assert isinstance(as_script[rank], dict), as_script[rank]
+        assert as_script[rank].get(f"{size}-{name}", "not reached") == "", f"global rank {rank}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 
@@ -179,19 +177,10 @@ WORLDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def worlds():
-    ran = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
-
-
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_rank_dies(worlds, death):
+def test_a_rank_dies(as_script, death):
     phase, step = DEATHS[death]
-    found = worlds[death]
+    found = as_script[death]
     assert found[1] is None
     # rank 2 receives from the dead one; rank 0 sends to it, and receives from rank 2
     for rank, peers in (
@@ -212,8 +201,8 @@ def test_a_rank_dies(worlds, death):
     assert all(seconds < 10 for _, seconds in (found[0], found[2]))
 
 
-def test_a_rank_stays_away(worlds):
-    found = worlds["away"]
+def test_a_rank_stays_away(as_script):
+    found = as_script["away"]
     for rank, peers in ((0, (1, 2)), (2, (1,))):
         text, seconds = found[rank]
         begins = [LOST.format(peer=p, rank=rank, step=0, phase="exchange of sizes") for p in peers]
@@ -222,15 +211,15 @@ def test_a_rank_stays_away(worlds):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_ranks_disagree(worlds, name):
-    for found in worlds["disagree"]:
+def test_ranks_disagree(as_script, name):
+    for found in as_script["disagree"]:
         if name != "world_size":
             assert found[name].startswith(CALLS[name][1]), found[name]
-    assert worlds["disagree"][0][name].startswith(CALLS[name][1])
+    assert as_script["disagree"][0][name].startswith(CALLS[name][1])
 
 
-def test_not_in_the_group(worlds):
-    assert worlds["disagree"][1]["outside"] == (
+def test_not_in_the_group(as_script):
+    assert as_script["disagree"][1]["outside"] == (
         "ValueError: clip_loss: this process (global rank 1) is not in the group it was given"
     )
 
