@@ -1,8 +1,10 @@
 """`mmfast gap`: its output, its one line for each error, its exit codes, and how it goes on."""
 
 import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +38,7 @@ def folder(tmp_path_factory):
     np.save(folder / "words.npy", np.array(["a", None], dtype=object))
     (folder / "empty.npy").touch()
     (folder / "cut.npy").write_bytes((folder / "y.npy").read_bytes()[:-100])
+    (folder / "cut.npz").write_bytes((folder / "many.npz").read_bytes()[:-100])
     (folder / "y.csv").write_text("1,2\n")
     (folder / "none").mkdir()
     for half, name in enumerate(("shard-0.npy", "shard-1.npy")):
@@ -62,7 +65,7 @@ def gap(capsys, *arguments):
 
 
 def as_json(capsys, *arguments):
-    """The survey that is printed, but for the time it took and what it was called."""
+    """The survey that is printed."""
     code, out, err = gap(capsys, *arguments, "--json")
     assert (code, err) == (0, "")
     return json.loads(out)["survey"]
@@ -136,6 +139,41 @@ def test_rows_of_nan_and_zeros(capsys):
     assert next(line for line in out.splitlines() if "zeros" in line).split()[-2:] == ["0", "1"]
 
 
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_nobody_reads_on(capsys, monkeypatch, form):
+    """Not a word, not when python flushes what is left either."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert main(["gap", "x.npy", "y.npy", *form]) == 141
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_of_few_letters(capsys, monkeypatch, tmp_path):
+    np.save(tmp_path / "日.npy", np.load("y.npy"))
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert main(["gap", "x.npy", str(tmp_path / "日.npy")]) == 0
+    assert capsys.readouterr() == ("", "")
+    text = out.buffer.getvalue().decode("latin-1")
+    assert "?.npy" in text
+    # the least cosine in the table and in the words
+    assert len(re.findall(r"-0\.\d{3}\b", text)) > 2
+    assert not re.search(r"\?0\.\d{3}\b", text)
+
+
+def test_what_cannot_be_printed_is_one_line(capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(command, "tables", full)
+    code, out, err = gap(capsys, "x.npy", "y.npy")
+    assert (code, out) == (1, "")
+    assert err == f"mmfast gap: [Errno {errno.ENOSPC}] No space left on device\n"
+
+
 def test_quiet_says_nothing(capsys):
     assert gap(capsys, "x.npy", "y.npy", "--quiet") == (0, "", "")
 
@@ -160,6 +198,7 @@ def test_quiet_says_nothing(capsys):
         (["x.npy", "y.npy", "--labels", "x.npy"], "labels must be"),
         (["x.npy", "y.npy", "--labels", "words.npy"], "words.npy is no .npy file of integers"),
         (["x.npy", "y.npy", "--labels", "empty.npy"], "empty.npy is no .npy file of integers"),
+        (["x.npy", "y.npy", "--labels", "cut.npz"], "cut.npz is no .npy file of integers"),
         (["x.npy", "y.npy", "--labels", *["labels.npy"] * 3], "--labels takes one file or two, go"),
         (["x.npy", "y.npy", "--out", "y.csv"], "y.csv: File exists"),
     ],

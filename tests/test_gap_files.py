@@ -1,6 +1,7 @@
 """Rows from every kind of file, read in pieces, and what is said of files that do not serve."""
 
 import json
+import struct
 import zipfile
 
 import numpy as np
@@ -33,6 +34,11 @@ def save_safetensors(path, **tensors):
         data += raw
     head = json.dumps(header).encode()
     path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+def save_header(path, **entry):
+    head = json.dumps({"x": {"dtype": "F32", "shape": [7, 3], "data_offsets": [0, 84], **entry}})
+    path.write_bytes(len(head).to_bytes(8, "little") + head.encode() + bytes(84))
 
 
 def assert_same(found, expected):
@@ -122,9 +128,14 @@ def test_parquet(tmp_path, dtype):
     parquet.write_table(arrow.table({"x": flat, "n": arrow.array(range(21))}), path)
     with pytest.raises(TypeError, match="got columns of several types"):
         open_rows(path)
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"^bad.parquet is damaged or truncated"):
-        open_rows(path)
+    whole = (tmp_path / "fixed.parquet").read_bytes()
+    for bad in (whole[:40], whole[:-60] + b"\xff" * 50 + whole[-10:]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"^bad.parquet is damaged or truncated: .+$"):
+            open_rows(path)
+    path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    with pytest.raises(ValueError, match=r"^bad.parquet is damaged or truncated: .+$"):
+        open_rows(path, "x").read(0, 7)
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
@@ -192,6 +203,18 @@ def make(folder):
     (folder / "list.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
     data = (folder / "a.safetensors").read_bytes()
     (folder / "odd.safetensors").write_bytes(data.replace(b"[7, 3]", b"[9, 3]"))
+    save_header(folder / "minus.safetensors", shape=[-7, -3])
+    save_header(folder / "back.safetensors", data_offsets=[-8, 76])
+    save_header(folder / "typed.safetensors", dtype=["F32"])
+    data = (folder / "good.npy").read_bytes()
+    (folder / "brace.npy").write_bytes(data.replace(b"}", b" ", 1))
+    (folder / "bracket.npy").write_bytes(data.replace(b"3)", b"3 ", 1))
+    (folder / "minus.npy").write_bytes(data.replace(b"(7, 3)", b"(-7,3)", 1))
+    data = (folder / "two.npz").read_bytes()
+    (folder / "sign.npz").write_bytes(data.replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+    place = data.index(b"PK\x01\x02") + 42
+    (folder / "far.npz").write_bytes(data[:place] + struct.pack("<I", 1 << 20) + data[place + 4 :])
+    torch.save(x.to_sparse(), folder / "sparse.pt")
     torch.save([x], folder / "list.pt")
     torch.save(x, folder / "new.pt")
     torch.save({"step": 3}, folder / "empty.pt")
@@ -217,6 +240,15 @@ def make(folder):
         ("folder.npy", None, IsADirectoryError, "folder.npy is a directory; name its files"),
         ("words.txt", None, ValueError, "^words.txt: suffix must be one of .npy, .*, got '.txt'"),
         ("junk.npy", None, ValueError, "^junk.npy is no .npy data: "),
+        ("brace.npy", None, ValueError, "^brace.npy is no .npy data: "),
+        ("bracket.npy", None, ValueError, "^bracket.npy is no .npy data: "),
+        ("minus.npy", None, ValueError, r"^minus.npy is no .npy data: its shape is \[-7, 3\]$"),
+        ("sign.npz", "x", ValueError, "^sign.npz is damaged: 'x' is not where it should begin$"),
+        ("far.npz", "x", ValueError, "^far.npz is damaged: 'x' is not where it should begin$"),
+        ("minus.safetensors", "x", ValueError, r": the shape of 'x' is \[-7, -3\]$"),
+        ("back.safetensors", "x", ValueError, r"^back.saf.*: the place of 'x' is \[-8, 76\]$"),
+        ("typed.safetensors", "x", TypeError, r"^typed.safetensors: 'x' must be .*\['F32'\]$"),
+        ("sparse.pt", None, TypeError, "^sparse.pt: the array must be .*, got torch.sparse_coo$"),
         ("cut_good.npy", None, ValueError, "^cut_good.npy is truncated: it has 208 bytes of 212$"),
         ("cut_two.npz", None, ValueError, "^cut_two.npz is damaged or truncated: "),
         ("cut_a.safetensors", "x", ValueError, "^cut_a.safetensors is truncated: it has"),

@@ -21,7 +21,7 @@ from mmfast.gap.report.words import answers, captions, clean, listed, number, pe
 from mmfast.gap.survey import Survey, Ways, survey
 
 # what a file may be called
-NAMES = ("<script>alert(1)</script> & 'x'.npy", "$y_2$ 日\n.npy")
+NAMES = ("<script>alert(1)</script> & 'x'.npy", "$y_2$ 日\n#333333.npy")
 
 
 def both_forms(*names):
@@ -250,7 +250,7 @@ def test_files_of_a_report(report):
         assert path.read_bytes().startswith(b"\x89PNG")
     for path in out.glob("*.svg"):
         assert ET.parse(path).getroot().tag.endswith("svg")
-    assert (made.x.name, made.y.name) == (NAMES[0], "$y_2$ 日?.npy")
+    assert (made.x.name, made.y.name) == (NAMES[0], "$y_2$ 日?#333333.npy")
 
 
 def test_json_is_the_survey(report):
@@ -329,9 +329,9 @@ def test_page_shows_notes(tmp_path, undrawn):
 
 
 def test_adaptive_pictures_follow_the_reader(report):
-    svg = (report[1] / "pairs.svg").read_text()
-    made = adaptive(svg)
-    ET.fromstring(made)
+    svg = (report[1] / "cone.svg").read_text()
+    assert "#333333.npy" in svg
+    ET.fromstring(made := adaptive(svg))
     for light, dark in DARK.items():
         assert f"--c{light[1:]}: {dark};" in made
         assert made.count(light) == made.count(f"var(--c{light[1:]}, {light})")

@@ -37,6 +37,16 @@ def assert_stats(found, expected, rtol=0.0):
     assert found.moments == pytest.approx(expected.moments, abs=1e-12)
 
 
+def assert_histogram(stats, cosines, tolerance):
+    """How many lie below each edge, but for those that lie on one within the tolerance."""
+    cosines, edges = cosines.double().sort().values, stats.edges
+    torch.testing.assert_close(edges, torch.linspace(-1, 1, 257, dtype=torch.float64))
+    ends = stats.below + F.pad(stats.histogram.cumsum(0), (1, 0))
+    assert (torch.searchsorted(cosines, edges - tolerance) <= ends).all()
+    assert (ends <= torch.searchsorted(cosines, edges + tolerance)).all()
+    assert ends[-1] + stats.above == len(cosines)
+
+
 def facts(made):
     """All numbers but the time they took."""
     return {**made.to_json(), "seconds": None}
@@ -81,6 +91,7 @@ def test_survey_is_that_of_the_whole(dtypes, budget):
         assert (stats.mean, stats.std) == pytest.approx(
             (float(cosines.mean()), float(cosines.std())), abs=1e-8
         )
+        assert_histogram(stats, cosines, tolerance)
         near(stats.moments[2], ((cosines - cosines.mean()) ** 3).mean())
         near(stats.moments[3], ((cosines - cosines.mean()) ** 4).mean())
         for place, value, best in (

@@ -5,13 +5,13 @@ a zip, and the header of safetensors (github.com/huggingface/safetensors): eight
 JSON, data.
 """
 
+import contextlib
 import json
 import math
 import os
-import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -86,12 +86,11 @@ def _fill(file: Any, offset: int, raw: Any) -> None:
 
 def _npy_array(path: Path, name: str, file: BinaryIO) -> Held:
     """The array whose header begins where `file` stands."""
-    try:
+    with damaged(path, "is no .npy data"):
         version = npy.read_magic(file)
         header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, columns_first, dtype = header(file)
-    except ValueError as error:
-        raise ValueError(f"{path.name} is no .npy data: {_line(error)}") from error
+        _check_sizes("its shape", shape)
     known = FROM_NUMPY.get(dtype.str[1:])
     if known is None:
         return Held(name, shape, str(dtype), _never)
@@ -112,11 +111,8 @@ def _npy(path: Path) -> list[Held]:
 
 
 def _npz(path: Path) -> list[Held]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path.name} is damaged or truncated: {_line(error)}") from error
+    with damaged(path, "is damaged or truncated"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
     arrays = []
     with path.open("rb") as file:
         for member in members:
@@ -126,10 +122,12 @@ def _npz(path: Path) -> list[Held]:
                     f"{path.name}: {name!r} is compressed and cannot be read in place; "
                     "write it by numpy.savez"
                 )
+            file.seek(member.header_offset)
+            head = file.read(30)
+            if len(head) < 30 or not head.startswith(b"PK\x03\x04"):
+                raise ValueError(f"{path.name} is damaged: {name!r} is not where it should begin")
             # the lengths of name and extra field here may differ from the directory's
-            file.seek(member.header_offset + 26)
-            lengths = struct.unpack("<HH", file.read(4))
-            file.seek(sum(lengths), os.SEEK_CUR)
+            file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)
             arrays.append(_npy_array(path, name, file))
     return arrays
 
@@ -141,15 +139,16 @@ def _safetensors(path: Path) -> list[Held]:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > size - 8:
             raise ValueError(f"{path.name} is no safetensors file, or truncated in its header")
-        try:
+        with damaged(path, "is no safetensors file"):
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = [
-                (name, tuple(it["shape"]), it["dtype"], *it["data_offsets"])
+                (name, tuple(it["shape"]), str(it["dtype"]), *it["data_offsets"])
                 for name, it in header.items()
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path.name} is no safetensors file: {_line(error)}") from error
+            for name, shape, _, begin, end in entries:
+                _check_sizes(f"the shape of {name!r}", shape)
+                _check_sizes(f"the place of {name!r}", (begin, end))
     arrays = []
     for name, shape, word, begin, end in entries:
         dtype = FROM_SAFETENSORS.get(word)
@@ -166,10 +165,8 @@ def _safetensors(path: Path) -> list[Held]:
 
 
 def _torch(path: Path) -> list[Held]:
-    try:
+    with damaged(path, "cannot be loaded by torch"):
         held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path.name} cannot be loaded by torch: {_line(error)}") from error
     if isinstance(held, Tensor):
         held = {"": held}
     if not isinstance(held, Mapping):
@@ -185,21 +182,19 @@ def of_tensor(name: str, tensor: Tensor) -> Held:
         layout = torch.contiguous_format
         return lambda start, stop: chosen[start:stop].cpu().clone(memory_format=layout)
 
-    return Held(name, tuple(tensor.shape), tensor.dtype, reader)
+    dtype = tensor.dtype if tensor.layout == torch.strided else str(tensor.layout)
+    return Held(name, tuple(tensor.shape), dtype, reader)
 
 
 def _parquet(path: Path) -> list[Held]:
     try:
-        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+        types, parquet = import_module("pyarrow.types"), import_module("pyarrow.parquet")
     except ImportError as error:
         raise ValueError(f"{path.name}: .parquet needs pyarrow (pip install pyarrow)") from error
-    try:
+    with damaged(path, "is damaged or truncated"):
         file = parquet.ParquetFile(path)
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"{path.name} is damaged or truncated: {_line(error)}") from error
-    types = arrow.types
-    rows, schema = file.metadata.num_rows, file.schema_arrow
-    groups = _Groups(path, file)
+        rows, schema = file.metadata.num_rows, file.schema_arrow
+        groups = _Groups(path, file)
     arrays = []
     for field in schema:
         kind = field.type
@@ -233,8 +228,9 @@ class _Groups:
 
     def width(self, column: str) -> int:
         """How long the first list is, 0 of none."""
-        for batch in self.file.iter_batches(1, columns=[column]):
-            return len(batch.column(0)[0].as_py() or ())
+        with damaged(self.path, "is damaged or truncated"):
+            for batch in self.file.iter_batches(1, columns=[column]):
+                return len(batch.column(0)[0].as_py() or ())
         return 0
 
     def reader(self, columns: list[str], width: int) -> Callable[[int | None], Reader]:
@@ -254,7 +250,8 @@ class _Groups:
         at = (group, *columns)
         if self.kept[0] != at:
             self.kept = (None, None)
-            table = self.file.read_row_group(group, columns=columns)
+            with damaged(self.path, "is damaged or truncated"):
+                table = self.file.read_row_group(group, columns=columns)
             made = [self._column(column, width) for column in table.columns]
             self.kept = (at, torch.cat(made, 1))
         kept: Tensor = self.kept[1]
@@ -271,7 +268,26 @@ class _Groups:
         return numbers.view(len(whole), -1)
 
 
-def _line(error: BaseException) -> str:
+@contextlib.contextmanager
+def damaged(path: Path, what: str) -> Iterator[None]:
+    """Whatever a parser inside raises becomes one line that begins with the file's name.
+
+    What the system says of the file itself, with an errno, goes through as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path.name} {what}: {first_line(error)}") from error
+
+
+def _check_sizes(what: str, sizes: tuple[Any, ...]) -> None:
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"{what} is {list(sizes)}")
+
+
+def first_line(error: BaseException) -> str:
     """The first line of a message, which may have many."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

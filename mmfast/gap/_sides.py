@@ -1,7 +1,9 @@
 """One modality in blocks of unit rows, and which rows of two modalities belong together."""
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,24 @@ HELD = 8
 _MOST = 1 << 13
 _LEAST = 64
 Block = tuple[int, int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Units(Generic[T]):
+    """`count` units, made from their numbers when asked for: there may be billions."""
+
+    count: int
+    make: Callable[[int], T]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, at: int) -> T:
+        return self.make(at)
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.make, range(self.count))
 
 
 class Side:
@@ -43,7 +63,7 @@ class Side:
         return self.rows.shape[1]
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> Units[Block]:
         return cut(len(self), self.size)
 
     def raw(self, start: int, stop: int) -> Tensor:
@@ -79,19 +99,29 @@ class Side:
         return row if self.kept is None or row < 0 else int(self.kept[row])
 
 
-def cut(n: int, size: int) -> list[Block]:
+def cut(n: int, size: int) -> Units[Block]:
     """(start, stop) of n rows by `size`."""
-    return [(start, min(start + size, n)) for start in range(0, n, size)]
+    return Units(-(-n // size), lambda at: (at * size, min(at * size + size, n)))
 
 
-def grid(x: Side, y: Side) -> list[tuple[int, int]]:
-    """All pairs of blocks."""
-    return [(i, j) for i in range(len(x.blocks)) for j in range(len(y.blocks))]
+def grid(x: Side, y: Side) -> Units[tuple[int, int]]:
+    """All pairs of blocks, row by row."""
+    n, m = len(x.blocks), len(y.blocks)
+    return Units(n * m, lambda at: divmod(at, m))
 
 
-def triangle(side: Side) -> list[tuple[int, int]]:
-    """The pairs of blocks i <= j."""
-    return [(i, j) for i, j in grid(side, side) if i <= j]
+def triangle(side: Side) -> Units[tuple[int, int]]:
+    """The pairs of blocks i <= j, row by row."""
+    n = len(side.blocks)
+    count = n * (n + 1) // 2
+
+    def pair(at: int) -> tuple[int, int]:
+        # rows grow by one from the last one on: row k from there begins at k (k + 1) / 2
+        back = count - 1 - at
+        k = (math.isqrt(8 * back + 1) - 1) // 2
+        return n - 1 - k, n - 1 - (back - k * (k + 1) // 2)
+
+    return Units(count, pair)
 
 
 def block_size(who: str, width: int, budget: Any, dtype: torch.dtype, beside: int = 0) -> int:

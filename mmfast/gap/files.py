@@ -1,7 +1,8 @@
 """Rows of embeddings wherever they are kept, read a block at a time.
 
-Files are read at an offset and not mapped, .pt apart, which torch maps: a block costs what it
-holds, and a file that shrinks meanwhile is an error and no crash.
+Files of .npy, .npz and .safetensors are read at an offset and not mapped: a block costs what it
+holds, and a file that shrinks meanwhile is an error and no crash. .pt is mapped by torch, a memmap
+by whoever made it, and .parquet is read a row group at a time.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Rows:
 
         Raises:
             OSError: the file cannot be read any more, or is shorter than it was.
+            ValueError: a row group of a .parquet is damaged or has rows of another width.
         """
         if start == stop:
             return torch.empty(0, self.shape[1], dtype=self.dtype)

@@ -50,13 +50,13 @@ def gap_report(
 
     Raises:
         ModuleNotFoundError: matplotlib is not there; said before anything is computed.
-        TypeError, ValueError, OSError: as `survey`, or `out` cannot be written.
+        TypeError, ValueError, OSError: as `survey`; not two names; `out` cannot be written.
     """
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("gap_report: pictures need matplotlib: pip install matplotlib")
+    rows = opened(x, y, names)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = opened(x, y, names)
     found = survey(*rows, state=folder if resume else None, **options)
     for name, content in _files(found, rows).items():
         write_whole(folder / name, content)
@@ -67,6 +67,8 @@ def gap_report(
 
 def opened(x: Any, y: Any, names: tuple[str, str] | None = None) -> tuple[Rows, Rows]:
     """Both sides, by names that can be printed and told apart."""
+    if names is not None and len(names) != 2:
+        raise ValueError(f"gap_report: names must be two, one for each side, got {len(names)}")
     x, y = open_rows(x), open_rows(y)
     a, b = map(clean, names or (x.name, y.name))
     if a == b:

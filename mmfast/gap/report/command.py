@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import glob
+import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -15,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mmfast.gap._formats import BY_SUFFIX
+from mmfast.gap._formats import BY_SUFFIX, damaged
 from mmfast.gap.files import Rows, open_rows
 from mmfast.gap.report import document, gap_report, opened
 from mmfast.gap.report.tables import as_text, tables
-from mmfast.gap.report.words import SPACE, answers
+from mmfast.gap.report.words import answers, plain
 from mmfast.gap.survey import Survey, survey
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -36,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
         # leaving it clears its line before anything else is printed
         with _Progress(sys.stderr.isatty() and not args.quiet) as progress:
             found, rows = _run(args, progress)
+        _print(found, rows, args)
+    except BrokenPipeError:
+        # who read the output has enough; what is left of it would be an error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ModuleNotFoundError, OSError, TypeError, ValueError) as error:
         print(f"mmfast gap: {_in_its_words(error)}", file=sys.stderr)
         return 1
@@ -43,7 +50,6 @@ def main(argv: Sequence[str]) -> int:
         go_on = "run it again to go on" if args.resume else "with --resume it would go on from here"
         print(f"mmfast gap: interrupted; {go_on}", file=sys.stderr)
         return 130
-    _print(found, rows, args)
     return 0
 
 
@@ -126,10 +132,8 @@ def _labels(paths: Sequence[str] | None) -> Any:
         raise ValueError(f"--labels takes one file or two, got {len(paths)}")
     arrays = []
     for path in paths:
-        try:
-            arrays.append(np.load(path))
-        except (EOFError, ValueError) as error:
-            raise ValueError(f"{path} is no .npy file of integers") from error
+        with damaged(Path(path), "is no .npy file of integers"), Path(path).open("rb") as file:
+            arrays.append(np.load(file))
     return arrays[0] if len(arrays) == 1 else tuple(arrays)
 
 
@@ -172,6 +176,9 @@ def _clock(seconds: float) -> str:
 
 
 def _print(found: Survey, rows: tuple[Rows, Rows], args: argparse.Namespace) -> None:
+    # a name in a script that the terminal cannot show is no reason to show nothing
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     if args.json:
         print(json.dumps(document(found, rows), indent=1, allow_nan=False))
     elif not args.quiet:
@@ -182,7 +189,9 @@ def _print(found: Survey, rows: tuple[Rows, Rows], args: argparse.Namespace) -> 
             print(f"\n{_filled(note)}")
         if args.out is not None:
             print(f"\nSee {args.out / 'report.html'}")
+    # here, where an error still becomes a line
+    sys.stdout.flush()
 
 
 def _filled(text: str) -> str:
-    return textwrap.fill(text, 92).replace(SPACE, " ")
+    return plain(textwrap.fill(text, 92))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
@@ -135,6 +136,8 @@ def _figure(picture: Picture) -> str:
 
 def adaptive(svg: str) -> str:
     """The SVG with colours that follow the reader's, as light or dark paper."""
+    # a name in a comment may look like a colour
+    svg = re.sub("<!--.*?-->", "", svg, flags=re.DOTALL)
     for color in DARK:
         svg = svg.replace(color, f"var(--c{color[1:]}, {color})")
     dark = " ".join(f"--c{light[1:]}: {color};" for light, color in DARK.items())

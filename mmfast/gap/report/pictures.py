@@ -85,8 +85,13 @@ def _figure(height: float = 3.3) -> Figure:
 @_styled
 def plot_pairs(survey: Survey) -> Figure:
     """Cosines of pairs, and of rows of x and y that do not belong together."""
+    return _cosines(_sets(survey))
+
+
+def _sets(survey: Survey) -> list[tuple[str, PairwiseStats]]:
+    """Pairs and non-pairs, where there are any."""
     sets = [("pairs", survey.pairs), ("non-pairs", survey.others)]
-    return _cosines([(name, stats) for name, stats in sets if stats is not None])
+    return [(name, stats) for name, stats in sets if stats is not None and stats.count > 0]
 
 
 @_styled
@@ -176,7 +181,7 @@ def plot_landscape(survey: Survey) -> Figure:
         words = f"{number(loss[lowest])} at {number(distance[lowest])}"
         axes.set_title(words, loc="right", size=8, color=ORANGE)
         # a flat loss is drawn flat
-        room = max(0.1 * np.ptp(loss), 0.005 * loss.max())
+        room = max(0.1 * np.ptp(loss), 0.005 * loss.max()) or 1.0
         axes.set_ylim(loss.min() - room, loss.max() + room)
         axes.ticklabel_format(useOffset=False)
         tidy(axes)
@@ -238,7 +243,9 @@ def drawn(survey: Survey) -> dict[str, bytes]:
     """Every picture the survey has numbers for, as PNG and as SVG, by the name of its file."""
     figures: dict[str, Callable[[Survey], Figure]] = {}
     if survey.others.histogram is not None:
-        figures |= {"pairs": plot_pairs, "cone": plot_cone}
+        if _sets(survey):
+            figures["pairs"] = plot_pairs
+        figures["cone"] = plot_cone
     if len(survey.pca.variance_ratio) > 1:
         figures["cloud"] = plot_cloud
     if survey.retrieval.x_to_y is not None or survey.retrieval.y_to_x is not None:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmfast.gap.report.words import (
-    MINUS,
-    SPACE,
     UNKNOWN,
     gap_share,
     inverse,
     number,
     optima,
     percent,
+    plain,
     short,
 )
 
@@ -113,7 +112,7 @@ def as_text(made: Sequence[Table]) -> str:
     cells = [cell for table in made for _, row in table.rows for cell in row]
     width = max(map(len, [*cells, *(name for table in made for name in table.columns)])) + 2
     text = "\n\n".join("\n".join(_lines(table, label, width)) for table in made)
-    return text.replace(MINUS, "-").replace(SPACE, " ")
+    return plain(text)
 
 
 def _lines(table: Table, label: int, width: int) -> Iterator[str]:

@@ -66,12 +66,18 @@ def _gap(survey: Survey) -> Answer:
 def gap_share(survey: Survey) -> float:
     """The gap squared over the mean of |x_i - y_j|^2 over all i and j."""
     gap = survey.gap
-    return float(gap.distance**2 / (2 - 2 * gap.x_mean @ gap.y_mean))
+    squares = _square(survey.x) + _square(survey.y)
+    return float(gap.distance**2 / (squares - 2 * gap.x_mean @ gap.y_mean))
+
+
+def _square(side: SideFacts) -> float:
+    """The mean squared length of its rows, which are unit rows or zeros."""
+    return 1 - side.zero_rows / side.rows
 
 
 def _variance(side: SideFacts) -> float:
-    """The mean squared distance of unit rows from their mean."""
-    return max(0.0, 1 - float(side.mean @ side.mean))
+    """The mean squared distance of its rows from their mean."""
+    return max(0.0, _square(side) - float(side.mean @ side.mean))
 
 
 def _cone(survey: Survey) -> Answer:
@@ -110,7 +116,7 @@ class Optimum(NamedTuple):
     @property
     def gain(self) -> float:
         """The share of the loss that the shift takes away."""
-        return (self.at_rest - self.loss) / self.at_rest
+        return (self.at_rest - self.loss) / self.at_rest if self.at_rest else 0.0
 
 
 def optima(survey: Survey) -> list[Optimum]:
@@ -220,7 +226,9 @@ def captions(survey: Survey) -> dict[str, str]:
 def number(value: float) -> str:
     """Three decimals; a dash for what is not known."""
     # + 0.0 leaves no minus before a zero
-    return UNKNOWN if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}".replace("-", MINUS)
+    if not math.isfinite(value):
+        return UNKNOWN
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", MINUS)
 
 
 def percent(share: float) -> str:
@@ -231,6 +239,11 @@ def percent(share: float) -> str:
 def inverse(temperature: float) -> str:
     """1/100 for 0.01."""
     return f"1/{1 / temperature:.4g}" if temperature < 1 else f"{temperature:.4g}"
+
+
+def plain(text: str) -> str:
+    """The text in characters that programs read."""
+    return text.replace(MINUS, "-").replace(SPACE, " ")
 
 
 def listed(words: Sequence[str]) -> str:

@@ -67,8 +67,9 @@ def survey(
         progress: called as (done, total, seconds_left); done and total are about inner products.
 
     Returns:
-        Survey on the CPU. Counts, extremes and histograms are those of the whole in memory,
-        moments to the last digits; products are float64 if a side is, else float32.
+        Survey on the CPU. With the compiled core, counts, extremes and histograms are those of the
+        whole in memory, moments to the last digits; without it, all but for the rounding of the
+        products. These are float64 if a side is, else float32.
 
     Raises:
         TypeError, ValueError, OSError: as `open_rows` and the measures; rows that are not finite; a
@@ -92,7 +93,8 @@ def survey(
     # sums of products of all columns, of both sides, in float64
     size = block_size("survey", width, budget, dtype, 40 * width * width)
     # whether rows are skipped is no part of it: where they are refused nothing is done yet
-    steps = Steps("survey", state, _identity(rows, labels, ids) | options, progress)
+    identity = {} if state is None else _identity(rows, labels, ids) | options
+    steps = Steps("survey", state, identity, progress)
     with steps.kept():
         n, m = map(len, rows)
         steps.total = cost(n, m, width, size, n, losses)
@@ -114,7 +116,7 @@ def _labels(labels: Any, rows: tuple[Rows, Rows]) -> tuple[Tensor, Tensor]:
         return torch.arange(len(rows[0])), torch.arange(len(rows[1]))
     both = labels if isinstance(labels, (tuple, list)) and len(labels) == 2 else (labels, labels)
     x_ids, y_ids = (
-        as_ids("survey", "labels", given, (side.name, torch.empty(len(side), 0))).cpu()
+        as_ids("survey", "labels", given, (side.name, torch.empty(len(side), 0))).cpu().contiguous()
         for given, side in zip(both, rows, strict=True)
     )
     return x_ids, y_ids

@@ -72,7 +72,7 @@ class Data:
 
 
 def own_scores(q: Tensor, k: Tensor) -> Tensor:
-    """<q_i, k_i> [n], to the bit what the sweep of all pairs makes of them.
+    """<q_i, k_i> [n], with the compiled core to the bit what the sweep of all pairs makes of them.
 
     A sweep has no diagonal: columns that add 0 to the own pair and push all others below it leave
     one maximum in every row.
@@ -203,11 +203,13 @@ def without(
         weight = part.count / count
         whole = (0.0, *everything.moments[1:])
         m1, m2, m3, m4 = (p + weight * (p - q) for p, q in zip(whole, theirs, strict=True))
-        _, *central = about((m1, m2, m3, m4), -m1)
-        moments = (everything.mean + m1, central[0], central[1], central[2])
+        _, square, cube, fourth = about((m1, m2, m3, m4), -m1)
+        # rounding takes a hair more than there is where all are equal
+        moments = (everything.mean + m1, max(square, 0.0), cube, max(fourth, 0.0))
     histogram = everything.histogram
+    # without the compiled core rounding may put a pair into another bin than the sweep did
     if histogram is not None and part.histogram is not None:
-        histogram = histogram - part.histogram
+        histogram = (histogram - part.histogram).clamp_min(0)
     return replace(
         everything,
         count=count,
@@ -217,8 +219,8 @@ def without(
         argmin=tuple(least[1:]),
         argmax=tuple(most[1:]),
         histogram=histogram,
-        below=everything.below - part.below,
-        above=everything.above - part.above,
+        below=max(0, everything.below - part.below),
+        above=max(0, everything.above - part.above),
     )
 
 

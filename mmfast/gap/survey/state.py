@@ -4,12 +4,14 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from mmfast.gap._formats import first_line
+from mmfast.gap._sides import Units
 from mmfast.ops._statistics import PairwiseStats
 
 T = TypeVar("T")
@@ -22,7 +24,7 @@ _SHARE = 0.05
 
 
 class Steps:
-    """Folds over lists of units, each of a known cost, written to a folder now and then.
+    """Folds over units of known costs, written to a folder now and then.
 
     identity: what the work is made of, by the word people know it by: numbers, words, or a dict
     with the name of an input and its fingerprint. A state of anything else is refused.
@@ -37,7 +39,8 @@ class Steps:
         self.progress = progress
         self.total = 0.0
         self.done = 0.0
-        self._passes: dict[str, tuple[int, Any]] = {}
+        # by name: units done, what they made, what they cost
+        self._folds: dict[str, tuple[int, Any, float]] = {}
         self._before, self._begun, self._worked = 0.0, time.monotonic(), 0.0
         self._next_write = self._begun + _EVERY
         self._dirty = self._broken = False
@@ -52,30 +55,31 @@ class Steps:
     def fold(
         self,
         name: str,
-        units: Sequence[T],
+        units: Units[T],
         start: H,
         step: Callable[[H, T], H],
         cost: Callable[[T], float],
     ) -> H:
         """`step(held, unit)` over all units from `start` on. A step leaves `held` as it is."""
-        self._passes.setdefault(name, (0, start))
-        already = self._passes[name][0]
-        self.done += sum(cost(unit) for unit in units[:already])
-        for at, unit in enumerate(units[already:], already):
+        already, held, spent = self._folds.setdefault(name, (0, start, 0.0))
+        self.done += spent
+        for at in range(already, len(units)):
+            unit = units[at]
+            held, spent = step(held, unit), spent + cost(unit)
             # one assignment: an interrupt finds a step done or not begun
-            self._passes[name] = (at + 1, step(self._passes[name][1], unit))
+            self._folds[name] = (at + 1, held, spent)
             self._dirty = True
             self._tell(cost(unit))
             if time.monotonic() > self._next_write:
                 self._write()
-        held: H = self._passes[name][1]
-        return held
+        made: H = held
+        return made
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Whatever ends the work inside, what is done is written."""
         # a folder that cannot be written is said before the work
-        self._dirty = not self._passes
+        self._dirty = not self._folds
         self._write()
         try:
             yield
@@ -89,7 +93,8 @@ class Steps:
     def _tell(self, cost: float) -> None:
         self.done += cost
         self._worked += cost
-        if self.progress is not None:
+        # the first units may cost nothing, and say nothing of the time that is left
+        if self.progress is not None and self._worked > 0:
             left = (time.monotonic() - self._begun) / self._worked * (self.total - self.done)
             self.progress(min(self.done, self.total), self.total, max(0.0, left))
 
@@ -97,7 +102,7 @@ class Steps:
         if self.path is None or not self._dirty:
             return
         begun = time.monotonic()
-        state = {"identity": self.identity, "passes": self._passes, "seconds": self.seconds}
+        state = {"identity": self.identity, "folds": self._folds, "seconds": self.seconds}
         data = io.BytesIO()
         torch.save(state, data)
         try:
@@ -116,9 +121,9 @@ class Steps:
         try:
             with torch.serialization.safe_globals([PairwiseStats]):
                 state = torch.load(path, weights_only=True)
-            was, passes, seconds = (state[name] for name in ("identity", "passes", "seconds"))
+            was, folds, seconds = (state[name] for name in ("identity", "folds", "seconds"))
         except Exception as error:
-            line = str(error).strip().splitlines()[0]
+            line = first_line(error)
             raise ValueError(f"{path} is no state of {who} ({line}): remove it") from error
         for name, value in self.identity.items():
             if was.get(name) != value:
@@ -126,7 +131,7 @@ class Steps:
                     f"{path} was made with {_told(name, was.get(name), value)}: "
                     "remove it to begin again"
                 )
-        self._passes, self._before = passes, seconds
+        self._folds, self._before = folds, seconds
 
 
 def _told(name: str, was: Any, now: Any) -> str:
