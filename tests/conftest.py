@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,10 @@ from mmfast.testing import cpu_level, import_trainer, poisoned_memory
 # the same examples on every machine, and no failure because a machine is busy
 settings.register_profile("mmfast", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("mmfast")
+
+# a shell has what it starts in the background ignore Ctrl-C, and tests send it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROBE = torch.ones(1, 1)
 LEVELS = [] if _dispatch.core_error else _dispatch.core.isa_levels()
