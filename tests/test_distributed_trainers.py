@@ -1,4 +1,4 @@
-"""What a trainer does over two ranks: DDP, Modules, momentum queues, open_clip's own losses.
+"""What a trainer does over two ranks: DDP, FSDP2, Modules, momentum queues, open_clip's own losses.
 
 Run as a script, this file is the world of two ranks; the tests read what each rank found.
 """
@@ -97,6 +97,30 @@ def check_ddp(name):
         for (key, x), y in zip(alone.named_parameters(), shared.parameters(), strict=True):
             if x.grad is not None:
                 close(key, y.grad, x.grad)
+
+
+class OneScale(TwoTowers):
+    """FSDP2 shards no parameter of dimension 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.bias = (nn.Parameter(x.detach().view(1)) for x in (self.scale, self.bias))
+
+
+def check_fsdp(name):
+    """FSDP2 shards the parameters and hands the loss plain features."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    alone, shared = OneScale(), OneScale()
+    fully_shard(shared, mesh=init_device_mesh("cpu", (W,)))
+    image, text = data(1)
+    LOSSES[name]({})(*alone(image, text)).sum().backward()
+    rows = own_rows()
+    LOSSES[name](place())(*shared(image[rows], text[rows])).sum().backward()
+    for (key, x), y in zip(alone.named_parameters(), shared.parameters(), strict=True):
+        if x.grad is not None:
+            close(key, y.grad.full_tensor(), x.grad)
 
 
 def place():
@@ -242,6 +266,7 @@ CHECKS = {
         f"siglip-{impl}": (check_module, mmfast.nn.SigLipLoss, {"dist_impl": impl})
         for impl in EXCHANGES
     },
+    **{f"fsdp-{name}": (check_fsdp, name) for name in LOSSES},
     "moco": (check_moco,),
     "momentum_itc": (check_momentum_itc,),
     "compile": (check_compile,),
