@@ -1,7 +1,5 @@
 """cached: the gradients of the whole batch from chunks of it."""
 
-import subprocess
-import sys
 from contextlib import nullcontext
 from functools import partial
 
@@ -159,91 +157,6 @@ def test_compiled_with_the_same_dropout_in_both_passes(fullgraph):
     image = step(rows)
     image.sum().backward()
     torch.testing.assert_close(encoder[0].bias.grad, 2.0 * (image != 0).sum(0))
-
-
-RANKS = """
-import sys, torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
-import mmfast
-from mmfast.testing import poisoned_memory
-
-class Towers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.image, self.text = nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
-        self.scale = nn.Parameter(torch.tensor(1.0))
-    def forward(self, x, y):
-        return self.image(x), self.text(y), self.scale.exp()
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-sent = []
-def hook(state, bucket):
-    sent.append(1)
-    done = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
-    return done.then(lambda future: future.value()[0])
-
-torch.manual_seed(0)
-model = DDP(Towers().double().eval())
-model.register_comm_hook(None, hook)
-torch.manual_seed(rank)
-# chunks differ in number between the ranks
-batches = [[torch.randn(7 + 4 * rank, 6).double() for _ in range(2)] for _ in range(2)]
-
-def gradients(encode):
-    model.zero_grad()
-    sent.clear()
-    with model.no_sync():
-        mmfast.clip_loss(*encode(*batches[0])).backward()
-    assert not sent
-    mmfast.clip_loss(*encode(*batches[1])).backward()
-    return [p.grad.clone() for p in model.parameters()], len(sent)
-
-with poisoned_memory():
-    expected = gradients(model)
-    for _ in range(2):
-        got = gradients(lambda *rows: mmfast.cached(model, *rows, chunk=3))
-        torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=1e-14)
-        # the first step rebuilds buckets, so a later one is counted
-        assert got[1] == 1, got[1]
-together = [torch.empty_like(got[0][0]) for _ in range(2)]
-dist.all_gather(together, got[0][0])
-assert torch.equal(*together)
-
-# losses over the group: the gradient is that of one process with all rows
-alone = Towers().double().eval()
-alone.load_state_dict(model.module.state_dict())
-torch.manual_seed(2)
-x, y = torch.randn(18, 6).double(), torch.randn(18, 6).double()
-mmfast.clip_loss(*alone(x, y)).backward()
-own = slice(0, 7) if rank == 0 else slice(7, 18)
-model.zero_grad()
-rows = mmfast.cached(model, x[own], y[own], chunk=3)
-mmfast.clip_loss(*rows, group=dist.group.WORLD).backward()
-expected = [p.grad for p in alone.parameters()]
-got = [p.grad for p in model.parameters()]
-torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-dist.destroy_process_group()
-"""
-
-
-def test_gradients_travel_once_under_ddp(tmp_path):
-    command = [sys.executable, "-c", RANKS]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            _, said = rank.communicate(timeout=100)
-            assert rank.returncode == 0, said.decode()
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
 
 
 @pytest.mark.parametrize(

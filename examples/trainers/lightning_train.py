@@ -48,7 +48,7 @@ def main() -> list[float]:
     )  # fmt: skip
     trainer.fit(model, loader)
     losses = model.losses
-    print(f"lightning: loss {losses[0]:.3f} -> {losses[-1]:.3f} after {EPOCHS} epoch")
+    print(f"lightning: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {EPOCHS} epoch")
     return losses
 
 
