@@ -18,7 +18,7 @@ import torch.distributed as dist
 import mmfast
 from bench import machine, peers
 from bench.measure import Timing, resident_growth
-from mmfast.testing import in_world
+from mmfast.worlds import in_world
 
 # ranks, threads of each; one process on as many cores meets the same neighbours in cache and memory
 WORLDS = {

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 import mmfast
 from mmfast._ring import Ring
-from mmfast.testing import in_world, leaf, saved_bytes, unit_rows
+from mmfast.testing import leaf, saved_bytes, unit_rows
+from mmfast.worlds import in_world
 
 WORLD = 4
 D, H, Q = 6, 2, 7

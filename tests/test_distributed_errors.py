@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 import mmfast
 from mmfast._ring import Ring
-from mmfast.testing import in_world, leaf, unit_rows
+from mmfast.testing import leaf, unit_rows
+from mmfast.worlds import in_world
 
 W, B, D = 3, 4, 5
 LOST = (

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mmfast
-from mmfast.testing import in_world, leaf, poisoned_memory, unit_rows
+from mmfast.testing import leaf, poisoned_memory, unit_rows
+from mmfast.worlds import in_world
 
 D, SIZES = 6, (3, 5)
 N, W = sum(SIZES), len(SIZES)
